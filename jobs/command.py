@@ -1,0 +1,69 @@
+"""The command line that every job shares: `--config FILE key.sub=value ... [--dry-run]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spo.config import RunConfig, load_config
+from spo.errors import SpoError
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Argument parser with the options that every job has."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--config", type=Path, metavar="FILE", help="YAML file, see tune_configs/")
+    made.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a setting")
+    made.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and stop"
+    )
+    return made
+
+
+def main(
+    made: argparse.ArgumentParser, call: Callable[[argparse.Namespace, RunConfig], None]
+) -> None:
+    """Parse, validate, then `call`; errors meant for people come without a traceback."""
+    arguments = made.parse_intermixed_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            print(config.to_yaml(), end="")
+            return
+        call(arguments, config)
+    except SpoError as error:
+        if os.environ.get("SPO_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@contextmanager
+def cluster(config: RunConfig) -> Iterator[None]:
+    """Connected to Ray: the cluster of the submitted job, the configured one, or a local one."""
+    import logging
+
+    import ray
+
+    local = config.ray.address is None and "RAY_ADDRESS" not in os.environ
+    cpus = config.ray.num_cpus or max(4, os.cpu_count() or 1)
+    threads = str(os.cpu_count() or 1)
+    ray.init(
+        address=config.ray.address,
+        num_cpus=cpus if local else None,
+        namespace=config.ray.namespace,
+        log_to_driver=bool(os.environ.get("SPO_WORKER_LOGS")),
+        logging_level=logging.WARNING,
+        # Roles work in turn on a small machine, so each may use every core.
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}} if local else None,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,25 @@
+"""Stage I, first half: read pooled activations of every contrast with Ray Data.
+
+python -m jobs.extract --config tune_configs/testbed.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from jobs import command
+from spo.config import RunConfig
+
+
+def _run(_: argparse.Namespace, config: RunConfig) -> None:
+    from spo.pipeline import prepare, run_extract
+    from spo.progress import ConsoleReporter
+
+    prepare(config)
+    with command.cluster(config):
+        folder = run_extract(config, ConsoleReporter())
+    print(f"activations: {folder}")
+
+
+if __name__ == "__main__":
+    command.main(command.parser(__doc__ or ""), _run)

@@ -1,0 +1,24 @@
+"""Everything, end to end: extract, estimate, refine, evaluate, report.
+
+python -m jobs.pipeline --config tune_configs/testbed.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from jobs import command
+from spo.config import RunConfig
+
+
+def _run(_: argparse.Namespace, config: RunConfig) -> None:
+    from spo.pipeline import run
+    from spo.progress import ConsoleReporter
+
+    with command.cluster(config):
+        path = run(config, ConsoleReporter())
+    print(f"report: {path}")
+
+
+if __name__ == "__main__":
+    command.main(command.parser(__doc__ or ""), _run)

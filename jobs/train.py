@@ -1,0 +1,28 @@
+"""Stage II: refine the Stage I vector by sequence-level preference optimisation.
+
+The same command continues an interrupted run at its last checkpoint.
+
+    python -m jobs.train --config tune_configs/testbed.yaml learn.objective=dpo
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from jobs import command
+from spo.config import RunConfig
+
+
+def _run(_: argparse.Namespace, config: RunConfig) -> None:
+    from spo.pipeline import SPO, Pools, prepare, run_train
+    from spo.progress import ConsoleReporter
+
+    prepare(config)
+    reporter = ConsoleReporter()
+    with command.cluster(config), Pools(config, reporter) as pools:
+        run_train(config, reporter, pools)
+    print(f"vector: {config.run_dir / SPO}")
+
+
+if __name__ == "__main__":
+    command.main(command.parser(__doc__ or ""), _run)

@@ -1,0 +1,232 @@
+"""`SteeringArtifact`: a vector with how to use it and where it came from, as a folder.
+
+`vector.safetensors` holds the tensors and `manifest.json` the rest. Loading refuses a wrong hash
+and a model other than the one the vector was made for. llama.cpp control vectors (GGUF) can be
+read and written; no format here runs code when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from spo.errors import ArtifactError
+from spo.records import Operator, Positions
+from spo.vector import SITE, SteeringVector
+
+FORMAT = "spo-steering-artifact/1"
+LAYER_CONVENTION = "output of decoder block l, zero-based; Hugging Face hidden_states[l + 1]"
+_VECTOR_FILE = "vector.safetensors"
+_MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteeringArtifact:
+    """A releasable steering vector."""
+
+    vector: SteeringVector
+    operator: Operator
+    coefficient: float
+    """Coefficient that the evaluation used."""
+    positions: Positions
+    method: str
+    """How it was made, e.g. "mean_difference" or "rloo from mean_difference"."""
+    data_sha256: str = ""
+    """Hash of the prompts and activations that it was made from."""
+    config_digest: str = ""
+    """Digest of the resolved configuration of the run."""
+    parent: str = ""
+    """Content hash of the vector that this one was refined from."""
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    """Measured figures that ship with it, from `jobs.evaluate`."""
+
+    def save(self, folder: Path) -> Path:
+        """Write the folder; an interrupted save leaves no half-written artifact behind."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        manifest = {
+            "format": FORMAT,
+            "sha256": self.vector.sha256,
+            "model_id": self.vector.model_id,
+            "model_revision": self.vector.model_revision,
+            "site": SITE,
+            "layer_convention": LAYER_CONVENTION,
+            "layers": list(self.vector.layers),
+            "hidden_size": self.vector.hidden_size,
+            "operator": self.operator.value,
+            "coefficient": self.coefficient,
+            "positions": self.positions.value,
+            "method": self.method,
+            "mean_norms": self.vector.mean_norms.tolist(),
+            "direction_norms": self.vector.norms.tolist(),
+            "data_sha256": self.data_sha256,
+            "config_digest": self.config_digest,
+            "parent": self.parent,
+            "evaluation": dict(self.evaluation),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_atomic(folder / _VECTOR_FILE, self.vector.to_bytes())
+        write_atomic(folder / _MANIFEST_FILE, json.dumps(manifest, indent=2).encode())
+        return folder
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, model_id: str | None, model_revision: str = ""
+    ) -> SteeringArtifact:
+        """Read and verify an artifact.
+
+        Args:
+            folder: folder that `save` wrote.
+            model_id: the model it is to steer; None only to inspect it.
+            model_revision: revision of that model; "" does not check it.
+
+        Raises:
+            ArtifactError: a file is missing or damaged, the hash is wrong, or the model differs.
+        """
+        for name in (_VECTOR_FILE, _MANIFEST_FILE):
+            if not (folder / name).is_file():
+                raise ArtifactError(
+                    f"{folder} has no {name}; expected a folder made by jobs.export"
+                )
+        vector = SteeringVector.from_bytes((folder / _VECTOR_FILE).read_bytes())
+        try:
+            manifest = json.loads((folder / _MANIFEST_FILE).read_text())
+            artifact = cls(
+                vector=vector,
+                operator=Operator(manifest["operator"]),
+                coefficient=float(manifest["coefficient"]),
+                positions=Positions(manifest["positions"]),
+                method=manifest["method"],
+                data_sha256=manifest["data_sha256"],
+                config_digest=manifest["config_digest"],
+                parent=manifest["parent"],
+                evaluation=manifest["evaluation"],
+            )
+            stated = manifest["sha256"]
+        except (KeyError, ValueError, TypeError) as error:
+            raise ArtifactError(
+                f"{folder / _MANIFEST_FILE}: expected a {FORMAT} manifest, got {error!r}; "
+                "export the artifact again"
+            ) from error
+        if stated != vector.sha256:
+            raise ArtifactError(
+                f"{folder}: the manifest is for vector {stated[:12]}, the file holds "
+                f"{vector.sha256[:12]}; the two come from different exports"
+            )
+        _check_model(vector, model_id, model_revision)
+        return artifact
+
+
+def _check_model(vector: SteeringVector, model_id: str | None, model_revision: str) -> None:
+    if model_id is not None and model_id != vector.model_id:
+        raise ArtifactError(
+            f"the artifact steers model {vector.model_id!r}, not {model_id!r}; "
+            "make one for this model with jobs.pipeline"
+        )
+    if model_revision and vector.model_revision and model_revision != vector.model_revision:
+        raise ArtifactError(
+            f"the artifact was made on revision {vector.model_revision!r} of {vector.model_id!r}, "
+            f"this is {model_revision!r}; load that revision or make the vector again"
+        )
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that readers see either the old content or the whole new one."""
+    # Not tempfile: its files are for their owner only, and a server may run under another account.
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(f"cannot write {path}: {error}; free space or choose another folder")
+
+
+def export_gguf(vector: SteeringVector, path: Path, *, model_hint: str) -> Path:
+    """Write a llama.cpp control vector.
+
+    llama.cpp *adds* `direction.N` to the output of zero-based block N and has no tensor for block
+    0, so directions are negated (a positive `--control-vector-scaled` then removes harm, as here).
+
+    Args:
+        vector: vector to write; only its directions have a place in the format.
+        path: file to write.
+        model_hint: architecture as llama.cpp names it, e.g. "llama".
+    """
+    if vector.layers[0] == 0:
+        raise ArtifactError(
+            "llama.cpp control vectors start at block 1 and the vector steers block 0; "
+            "leave it out with select()"
+        )
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", model_hint)
+    writer.add_uint32("controlvector.layer_count", len(vector.layers))
+    for layer, direction in zip(vector.layers, vector.directions, strict=True):
+        writer.add_tensor(f"direction.{layer}", (-direction).numpy())
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return path
+
+
+def import_gguf(
+    path: Path, *, mean_norms: Mapping[int, float], model_id: str, model_revision: str = ""
+) -> SteeringVector:
+    """Read a llama.cpp control vector; inverse of `export_gguf`.
+
+    Args:
+        path: GGUF file with `direction.N` tensors.
+        mean_norms: mean hidden norm of each block, which the format does not hold.
+        model_id: model that it steers.
+        model_revision: its revision.
+    """
+    try:
+        tensors = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
+    except (ValueError, OSError, IndexError) as error:
+        raise ArtifactError(f"{path}: expected a GGUF control vector, got {error}") from error
+    directions: dict[int, Tensor] = {}
+    for name, data in tensors.items():
+        prefix, _, number = name.partition(".")
+        if prefix != "direction" or not number.isdigit():
+            raise ArtifactError(f"{path}: expected tensors named direction.N, got {name!r}")
+        directions[int(number)] = -torch.from_numpy(data.astype(np.float32))
+    missing = sorted(set(directions) - set(mean_norms))
+    if not directions or missing:
+        raise ArtifactError(
+            f"{path}: need direction tensors and the mean hidden norm of each of their blocks; "
+            f"got {len(directions)} tensors, no norm for blocks {missing}"
+        )
+    layers = tuple(sorted(directions))
+    stacked = torch.stack([directions[layer] for layer in layers])
+    return SteeringVector(
+        layers=layers,
+        directions=stacked,
+        mean_norms=torch.tensor([float(mean_norms[layer]) for layer in layers]),
+        calibration=torch.zeros_like(stacked),
+        model_id=model_id,
+        model_revision=model_revision,
+    )

@@ -1,0 +1,41 @@
+"""Opens the engine that a configuration names. Heavy libraries load only when they are chosen."""
+
+from __future__ import annotations
+
+from spo.config import EngineConfig
+from spo.engines.base import Engine
+
+
+def open_engine(model: str, revision: str | None, config: EngineConfig, *, seed: int = 0) -> Engine:
+    """Load a model into the configured backend.
+
+    Args:
+        model: local folder or hub id; ignored by the fake backend.
+        revision: hub revision.
+        config: engine settings.
+        seed: seed of the engine's own random numbers.
+    """
+    if config.backend == "fake":
+        from spo.engines.fake import FakeEngine
+
+        return FakeEngine()
+    if config.backend == "hf":
+        from spo.engines.hf import HfEngine
+
+        dtype = "float32" if config.dtype == "auto" else config.dtype
+        device = "cuda" if config.num_gpus else "cpu"
+        return HfEngine(
+            model, revision=revision, dtype=dtype, device=device, batch_size=config.max_num_seqs
+        )
+    from spo.engines.vllm import VllmEngine
+
+    return VllmEngine(
+        model,
+        revision=revision,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_gib=None if config.num_gpus else config.memory_gib,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        seed=seed,
+    )

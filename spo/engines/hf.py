@@ -1,0 +1,485 @@
+"""Hugging Face engine: exact, differentiable, the reference that other engines are tested against.
+
+In: prompts, published vectors. Out: rollouts, log-probabilities, pooled activations; and for the
+learner and the attacks, answer logits that are differentiable in the steering directions and in the
+pixels. Weights are frozen: no parameter of the model ever requires a gradient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from spo.algorithms.operators import steer
+from spo.algorithms.positions import select_positions
+from spo.engines.base import (
+    Capture,
+    CaptureRequest,
+    EngineInfo,
+    LogprobRequest,
+    VectorTable,
+    receipt_for,
+)
+from spo.engines.plan import SteeringPlan, TokenBatch, token_logprobs
+from spo.engines.processing import PromptProcessor
+from spo.errors import EngineError, SteeringError
+from spo.records import (
+    FinishReason,
+    GenerateRequest,
+    Prompt,
+    Rollout,
+    SteeringReceipt,
+    SteeringSpec,
+)
+from spo.vector import SteeringVector
+
+_T = TypeVar("_T")
+_K = TypeVar("_K")
+
+
+class _EarlyExit(Exception):
+    """Stops a forward pass once the highest wanted layer was read."""
+
+
+class HfEngine:
+    """A frozen model in Transformers.
+
+    Args:
+        model: local folder in hub layout, or hub id.
+        revision: hub revision.
+        dtype: "float32", "bfloat16" or "float16".
+        device: torch device.
+        batch_size: largest batch of a forward pass.
+
+    Raises:
+        EngineError: the model cannot be loaded, or its decoder blocks cannot be found.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        batch_size: int = 32,
+    ) -> None:
+        self.prompts = PromptProcessor(model, revision)
+        auto = AutoModelForImageTextToText if self.prompts.multimodal else AutoModelForCausalLM
+        try:
+            self.model = auto.from_pretrained(
+                model, revision=revision, dtype=getattr(torch, dtype)
+            ).to(device)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"cannot load the weights of {model!r}: {error}") from error
+        self.model.eval().requires_grad_(False)
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.decoder: nn.Module = self.model.get_decoder()
+        self.blocks = find_blocks(self.decoder, self.model.config.get_text_config())
+        self._table = VectorTable()
+        self._info = EngineInfo(
+            model_id=model_identity(model),
+            model_revision=revision or folder_revision(model),
+            hidden_size=self.model.config.get_text_config().hidden_size,
+            num_layers=len(self.blocks),
+            dtype=dtype,
+            backend="hf",
+            version=transformers.__version__,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def publish(self, name: str, vector: SteeringVector, version: int) -> str:
+        check_belongs(vector, self._info)
+        self._table.put(name, vector, version)
+        return vector.sha256
+
+    def close(self) -> None:
+        del self.model, self.decoder, self.blocks
+
+    def plan(self, spec: SteeringSpec | None) -> SteeringPlan | None:
+        """Tensors of what a request asks for; SteeringError when it is not published."""
+        if spec is None:
+            return None
+        return SteeringPlan.of(self._table.get(spec), spec, self.device)
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Rollout]:
+        results: dict[int, Rollout] = {}
+        for (steering, _), indices in _grouped(
+            requests, lambda r: (r.steering, replace(r.sampling, seed=None))
+        ):
+            plan = self.plan(steering)
+            receipt = receipt_for(steering, self._table.get(steering)) if steering else None
+            for chunk in _chunks(indices, self.batch_size):
+                rollouts = self._generate([requests[i] for i in chunk], plan, receipt)
+                results.update(zip(chunk, rollouts, strict=True))
+        return [results[i] for i in range(len(requests))]
+
+    def logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float]]:
+        results: dict[int, list[float]] = {}
+        for steering, indices in _grouped(requests, lambda r: r.steering):
+            plan = self.plan(steering)
+            for chunk in _chunks(indices, self.batch_size):
+                batch = self.prepare(
+                    [requests[i].prompt for i in chunk], [requests[i].token_ids for i in chunk]
+                )
+                with torch.no_grad():
+                    values = self.answer_logprobs(batch, plan)
+                for row, i in enumerate(chunk):
+                    results[i] = values[row][batch.answer_mask[row]].tolist()
+        return [results[i] for i in range(len(requests))]
+
+    def capture(self, requests: Sequence[CaptureRequest]) -> list[Capture]:
+        results: dict[int, Capture] = {}
+        for layers, indices in _grouped(requests, lambda r: r.layers):
+            for chunk in _chunks(indices, self.batch_size):
+                captured = self._capture([requests[i] for i in chunk], layers)
+                results.update(zip(chunk, captured, strict=True))
+        return [results[i] for i in range(len(requests))]
+
+    def prepare(
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]] | None = None
+    ) -> TokenBatch:
+        """Tokens of prompts with given answers (none: prompts alone), on the engine's device."""
+        encoded = self.prompts.encode(prompts)
+        input_ids, attention = encoded.pop("input_ids"), encoded.pop("attention_mask")
+        extras = {
+            name: value.to(self.device)
+            for name, value in encoded.items()
+            if name in ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
+        }
+        answers = answers if answers is not None else [()] * len(prompts)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            if self.prompts.image_token_id in answer:
+                raise EngineError(
+                    f"the answer to prompt {prompt.prompt_id!r} contains the image placeholder "
+                    f"{self.prompts.image_token!r}, which stands for pixels; leave the answer out"
+                )
+        width = max((len(answer) for answer in answers), default=0)
+        answer_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        answer_mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+        for row, answer in enumerate(answers):
+            answer_ids[row, : len(answer)] = torch.tensor(list(answer), dtype=torch.int64)
+            answer_mask[row, : len(answer)] = True
+        pads = tuple((attention.shape[1] - attention.sum(dim=1)).tolist())
+        spans = tuple(
+            self.prompts.spans(row[pad:].tolist()) for row, pad in zip(input_ids, pads, strict=True)
+        )
+        return TokenBatch(
+            input_ids=torch.cat([input_ids, answer_ids], dim=1).to(self.device),
+            attention_mask=torch.cat([attention, answer_mask.long()], dim=1).to(self.device),
+            extras=extras,
+            prompt_width=input_ids.shape[1],
+            pads=pads,
+            spans=spans,
+            answer_ids=answer_ids.to(self.device),
+            answer_mask=answer_mask.to(self.device),
+        )
+
+    def answer_logits(
+        self,
+        batch: TokenBatch,
+        plan: SteeringPlan | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, answer_width, vocabulary) float32 logits of the answer positions.
+
+        Differentiable in `plan.directions` and in `pixel_values`, which replaces the batch's own.
+        """
+        extras = dict(batch.extras)
+        if pixel_values is not None:
+            extras["pixel_values"] = pixel_values
+        if "pixel_values" in extras:
+            extras["pixel_values"] = extras["pixel_values"].to(self.model.dtype)
+        width = batch.answer_ids.shape[1]
+        with self._steered(batch, plan):
+            output = self.model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                logits_to_keep=width + 1,
+                use_cache=False,
+                **extras,
+            )
+        return output.logits[:, :-1].float()
+
+    def answer_logprobs(
+        self,
+        batch: TokenBatch,
+        plan: SteeringPlan | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, answer_width) natural log-probability of each answer token, 0 on padding."""
+        logits = self.answer_logits(batch, plan, pixel_values=pixel_values)
+        return token_logprobs(logits, batch.answer_ids, batch.answer_mask)
+
+    @contextmanager
+    def _hooks(self, hooks: dict[int, Callable[[Tensor, int], Tensor | None]]) -> Iterator[None]:
+        """Call `hooks[layer](hidden, first_column)` on block outputs; a tensor back replaces it."""
+        first_column = 0
+
+        def before_decoder(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            nonlocal first_column
+            cache = kwargs.get("past_key_values")
+            first_column = 0 if cache is None else int(cache.get_seq_length())
+
+        def after_block(layer: int) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: Any, output: Any) -> Any:
+                hidden = output[0] if isinstance(output, tuple) else output
+                changed = hooks[layer](hidden, first_column)
+                if changed is None:
+                    return output
+                return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+            return hook
+
+        handles = [self.decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)]
+        handles += [self.blocks[layer].register_forward_hook(after_block(layer)) for layer in hooks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _steered(self, batch: TokenBatch, plan: SteeringPlan | None) -> Iterator[None]:
+        if plan is None:
+            yield
+            return
+        cached: dict[tuple[int, int], Tensor] = {}
+
+        def at_layer(row: int) -> Callable[[Tensor, int], Tensor]:
+            def apply(hidden: Tensor, start: int) -> Tensor:
+                key = (start, hidden.shape[1])
+                if key not in cached:
+                    cached[key] = batch.coefficients(plan, *key)
+                return steer(
+                    plan.operator,
+                    hidden,
+                    plan.directions[row],
+                    coefficient=cached[key],
+                    mean_norm=plan.mean_norms[row],
+                    calibration=plan.calibration[row],
+                )
+
+            return apply
+
+        with self._hooks({layer: at_layer(row) for row, layer in enumerate(plan.layers)}):
+            yield
+
+    def _generate(
+        self,
+        requests: Sequence[GenerateRequest],
+        plan: SteeringPlan | None,
+        receipt: SteeringReceipt | None,
+    ) -> list[Rollout]:
+        batch = self.prepare([request.prompt for request in requests])
+        sampling = requests[0].sampling
+        _seed(requests)
+        options: dict[str, Any] = (
+            {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            if sampling.temperature == 0
+            else {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": 0,
+            }
+        )
+        if self.prompts.image_token_id is not None:
+            # An answer with a placeholder for pixels could be neither scored nor learned from.
+            options["suppress_tokens"] = [self.prompts.image_token_id]
+        extras = dict(batch.extras)
+        if "pixel_values" in extras:
+            extras["pixel_values"] = extras["pixel_values"].to(self.model.dtype)
+        with torch.no_grad(), self._steered(batch, plan):
+            output = self.model.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=sampling.max_tokens,
+                pad_token_id=self.prompts.tokenizer.pad_token_id,
+                return_dict_in_generate=True,
+                output_logits=True,
+                **extras,
+                **options,
+            )
+        answers = output.sequences[:, batch.prompt_width :]
+        logprobs = torch.stack(
+            [
+                torch.log_softmax(logits.float(), dim=-1).gather(1, answers[:, t : t + 1])[:, 0]
+                for t, logits in enumerate(output.logits)
+            ],
+            dim=1,
+        )
+        return [
+            self._rollout(request, batch, row, answers[row], logprobs[row], receipt)
+            for row, request in enumerate(requests)
+        ]
+
+    def _rollout(
+        self,
+        request: GenerateRequest,
+        batch: TokenBatch,
+        row: int,
+        answer: Tensor,
+        logprobs: Tensor,
+        receipt: SteeringReceipt | None,
+    ) -> Rollout:
+        stops = self.stop_ids()
+        tokens: list[int] = answer.tolist()
+        end = next((i + 1 for i, token in enumerate(tokens) if token in stops), None)
+        kept = tokens[:end]
+        return Rollout(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=tuple(
+                batch.input_ids[row, batch.pads[row] : batch.prompt_width].tolist()
+            ),
+            token_ids=tuple(kept),
+            text=self.prompts.decode(kept),
+            logprob=float(logprobs[: len(kept)].sum()),
+            finish=FinishReason.STOP if end else FinishReason.LENGTH,
+            receipt=receipt,
+        )
+
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        eos = self.model.generation_config.eos_token_id
+        if eos is None:
+            eos = self.prompts.tokenizer.eos_token_id
+        return frozenset(eos if isinstance(eos, list) else [eos])
+
+    def _capture(
+        self, requests: Sequence[CaptureRequest], layers: tuple[int, ...]
+    ) -> list[Capture]:
+        outside = [layer for layer in layers if not 0 <= layer < len(self.blocks)]
+        if outside or not layers:
+            raise EngineError(
+                f"capture layers must lie in 0..{len(self.blocks) - 1}, got {list(layers)}"
+            )
+        batch = self.prepare([r.prompt for r in requests], [r.token_ids for r in requests])
+        columns = [_pooled_columns(batch, row, r) for row, r in enumerate(requests)]
+        means = {layer: np.empty(0) for layer in layers}
+        norms = {layer: np.empty(0) for layer in layers}
+
+        def read(layer: int) -> Callable[[Tensor, int], None]:
+            def at(hidden: Tensor, start: int) -> None:
+                chosen = [hidden[row, where].float() for row, where in enumerate(columns)]
+                means[layer] = torch.stack([h.mean(dim=0) for h in chosen]).cpu().numpy()
+                norms[layer] = torch.stack([h.norm(dim=-1).median() for h in chosen]).cpu().numpy()
+                if layer == max(layers):
+                    raise _EarlyExit
+
+            return at
+
+        with torch.no_grad(), self._hooks({layer: read(layer) for layer in layers}):
+            with suppress(_EarlyExit):
+                self.answer_logits(batch)
+        return [
+            Capture(
+                request_id=request.request_id,
+                mean=np.stack([means[layer][row] for layer in layers]).astype(np.float32),
+                norm=np.array([norms[layer][row] for layer in layers], dtype=np.float32),
+                tokens=len(columns[row]),
+            )
+            for row, request in enumerate(requests)
+        ]
+
+
+def find_blocks(decoder: nn.Module, text_config: Any) -> nn.ModuleList:
+    """The decoder blocks: the one module list as long as the configuration says."""
+    expected = text_config.num_hidden_layers
+    found = [
+        child
+        for child in decoder.children()
+        if isinstance(child, nn.ModuleList) and len(child) == expected
+    ]
+    if len(found) != 1:
+        raise EngineError(
+            f"expected one list of {expected} decoder blocks in {type(decoder).__name__}, found "
+            f"{len(found)}; this architecture is not supported by the hf engine"
+        )
+    return found[0]
+
+
+def check_belongs(vector: SteeringVector, info: EngineInfo) -> None:
+    """Raise unless the vector was made for this model and fits it."""
+    vector.check_fits(hidden_size=info.hidden_size, num_layers=info.num_layers)
+    if vector.model_id != info.model_id:
+        raise SteeringError(
+            f"the vector steers model {vector.model_id!r} and the engine holds {info.model_id!r}; "
+            "publish it to an engine of its own model"
+        )
+
+
+def model_identity(model: str) -> str:
+    """Name that ties a vector to a model: the hub id, or the name of a local folder."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
+def folder_revision(model: str) -> str:
+    """Digest of a local model's configuration and weight index; "" for hub ids."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")):
+        digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name}:{path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def _pooled_columns(batch: TokenBatch, row: int, request: CaptureRequest) -> list[int]:
+    """Columns of one row that its capture pools over."""
+    pad = batch.pads[row]
+    prompt_length = batch.prompt_width - pad
+    index = np.arange(prompt_length + len(request.token_ids), dtype=np.int64)
+    chosen = select_positions(
+        request.positions, index, prompt_length=prompt_length, image_spans=batch.spans[row]
+    )
+    chosen[0] = False  # the attention sink would drown every other token
+    columns = (index[chosen] + pad).tolist()
+    if not columns:
+        raise EngineError(
+            f"capture {request.request_id!r}: no token is left to pool over "
+            f"({request.positions.value} of {len(index)} tokens, first one left out)"
+        )
+    return columns
+
+
+def _seed(requests: Sequence[GenerateRequest]) -> None:
+    """Seed sampling from the requests' own seeds, so that the same batch gives the same answers."""
+    seeds = [request.sampling.seed for request in requests]
+    if any(seed is not None for seed in seeds):
+        digest = hashlib.sha256(repr(seeds).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") % (2**63))
+
+
+def _grouped(items: Sequence[_T], key: Callable[[_T], _K]) -> list[tuple[_K, list[int]]]:
+    groups: defaultdict[_K, list[int]] = defaultdict(list)
+    for i, item in enumerate(items):
+        groups[key(item)].append(i)
+    return list(groups.items())
+
+
+def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]

@@ -1,0 +1,154 @@
+"""From `Prompt` records to model input: the one place where text and pictures become tokens.
+
+Rollout and learning both go through `PromptProcessor`, so a placeholder expanded twice or a picture
+lost on one side cannot go unnoticed: `check_same_tokens` compares what an engine saw.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, BatchFeature
+
+from spo.algorithms.positions import Span, image_spans
+from spo.errors import DataError, EngineError
+from spo.records import Prompt, PromptFormat
+
+MAX_PIXELS = 50_000_000
+"""Larger pictures are refused before they are decoded (decompression bombs)."""
+
+
+def load_image(path: str) -> Image.Image:
+    """Decode a picture fully as RGB, or raise DataError naming the file and the cause."""
+    if not Path(path).is_file():
+        raise DataError(f"picture {path!r} does not exist; check the path in the prompt file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise DataError(
+                        f"picture {path!r} has {width} x {height} pixels, at most {MAX_PIXELS} are "
+                        "allowed; scale it down"
+                    )
+                return image.convert("RGB")
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"picture {path!r} cannot be decoded ({error}); expected a whole PNG or JPEG file"
+        ) from error
+
+
+class PromptProcessor:
+    """Renders and tokenises prompts for one model.
+
+    Args:
+        model: local folder in hub layout, or hub id.
+        revision: hub revision; None for local folders.
+
+    Raises:
+        EngineError: the folder has no configuration, tokenizer or processor.
+    """
+
+    def __init__(self, model: str, revision: str | None = None) -> None:
+        try:
+            config = AutoConfig.from_pretrained(model, revision=revision)
+        except (OSError, ValueError) as error:
+            raise EngineError(
+                f"{model!r}: expected a model folder in hub layout (config.json, weights, "
+                f"tokenizer) or a hub id, got: {error}"
+            ) from error
+        self.multimodal = hasattr(config, "vision_config")
+        self.image_token_id: int | None = None
+        if self.multimodal:
+            self.processor = self._load(AutoProcessor, model, revision)
+            self.tokenizer = self.processor.tokenizer
+            token = getattr(config, "image_token_id", None)
+            self.image_token_id = config.image_token_index if token is None else token
+            self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        else:
+            self.tokenizer = self._load(AutoTokenizer, model, revision)
+            self.processor = self.tokenizer
+            self.image_token = ""
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.padding_side = "left"
+
+    @staticmethod
+    def _load(kind: type, model: str, revision: str | None) -> AutoProcessor:
+        try:
+            return kind.from_pretrained(model, revision=revision)
+        except (OSError, ValueError, TypeError) as error:
+            raise EngineError(
+                f"{model!r} has no usable processor or tokenizer ({error}); expected "
+                "preprocessor_config.json / processor_config.json and tokenizer files beside the "
+                "weights: copy them from the original model"
+            ) from error
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt as one string, with one image placeholder where it has a picture."""
+        if prompt.image is not None and not self.multimodal:
+            raise DataError(
+                f"prompt {prompt.prompt_id!r} has a picture and the model takes text only; "
+                "remove the picture or choose a vision-language model"
+            )
+        if self.image_token and self.image_token in prompt.text:
+            raise DataError(
+                f"prompt {prompt.prompt_id!r} contains the image placeholder {self.image_token!r} "
+                "in its text; remove it, pictures are given by the field 'image'"
+            )
+        if prompt.format is PromptFormat.PLAIN:
+            return f"{self.image_token}\n{prompt.text}" if prompt.image else prompt.text
+        content: list[dict[str, str]] = [{"type": "text", "text": prompt.text}]
+        if prompt.image is not None:
+            content.insert(0, {"type": "image"})
+        turns = [{"role": "user", "content": content if self.multimodal else prompt.text}]
+        rendered = self.processor.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+        return str(rendered)
+
+    def encode(self, prompts: Sequence[Prompt]) -> BatchFeature:
+        """Left-padded tensors of a batch: input_ids, attention_mask, and pixel_values if any."""
+        texts = [self.render(prompt) for prompt in prompts]
+        images = [load_image(prompt.image) for prompt in prompts if prompt.image is not None]
+        if not self.multimodal:
+            encoded = self.tokenizer(texts, return_tensors="pt", padding=True)
+        else:
+            encoded = self.processor(
+                text=texts, images=images or None, return_tensors="pt", padding=True
+            )
+        for prompt, length in zip(prompts, encoded["attention_mask"].sum(dim=1), strict=True):
+            if length == 0:
+                raise DataError(
+                    f"prompt {prompt.prompt_id!r} has no tokens; give it text or a picture, or use "
+                    "the chat format"
+                )
+        return encoded
+
+    def prompt_tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        """Expanded prompt tokens of one prompt."""
+        return tuple(self.encode([prompt])["input_ids"][0].tolist())
+
+    def spans(self, token_ids: Sequence[int]) -> tuple[Span, ...]:
+        """Where the image tokens lie in an expanded prompt."""
+        return image_spans(token_ids, self.image_token_id)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of answer tokens, special tokens left out."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def check_same_tokens(prompt: Prompt, expected: Sequence[int], seen: Sequence[int]) -> None:
+    """Raise EngineError when an engine tokenised a prompt differently from the learner."""
+    if list(expected) != list(seen):
+        raise EngineError(
+            f"prompt {prompt.prompt_id!r}: the learner's processor makes {len(expected)} tokens and "
+            f"the engine saw {len(seen)}; an image placeholder was expanded twice or a picture was "
+            "lost. Use the same model folder and processor version for both"
+        )

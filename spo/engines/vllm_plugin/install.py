@@ -1,0 +1,95 @@
+"""Entry point `vllm.general_plugins`: hooks the worker wrapper, cheaply and only once.
+
+Importing this module loads neither torch nor vLLM. `register` patches one method, which runs
+vLLM's own and then looks for `additional_config["spo_steering"]`; without it nothing else happens.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from spo.engines.vllm_plugin.wire import CONFIG_KEY, PluginConfig
+from spo.errors import SteeringError
+
+_MARK = "_spo_steering_registered"
+
+
+def register() -> None:
+    """Make vLLM's workers able to steer. May be called any number of times, in every process."""
+    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+
+    if getattr(WorkerWrapperBase, _MARK, False):
+        return
+    init_device = WorkerWrapperBase.init_device
+
+    @functools.wraps(init_device)
+    def init_device_then_prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = init_device(self, *args, **kwargs)
+        wire = (self.vllm_config.additional_config or {}).get(CONFIG_KEY)
+        if wire is not None:
+            _steer_after_load(self.worker, self.vllm_config, PluginConfig.from_wire(wire))
+        return result
+
+    WorkerWrapperBase.init_device = init_device_then_prepare
+    for method in (spo_publish, spo_receipts, spo_captures, spo_describe):
+        setattr(WorkerBase, method.__name__, method)
+    setattr(WorkerWrapperBase, _MARK, True)
+
+
+def _steer_after_load(worker: Any, vllm_config: Any, config: PluginConfig) -> None:
+    """Install the tables between loading the weights and the profiling run."""
+    runner = worker.model_runner
+    load_model = runner.load_model
+
+    @functools.wraps(load_model)
+    def load_then_install(*args: Any, **kwargs: Any) -> Any:
+        from spo.engines.vllm_plugin.worker import WorkerSteering
+
+        result = load_model(*args, **kwargs)
+        worker.spo_steering = WorkerSteering(runner, vllm_config, config)
+        return result
+
+    runner.load_model = load_then_install
+
+
+def _steering(worker: Any) -> Any:
+    steering = getattr(worker, "spo_steering", None)
+    if steering is None:
+        raise SteeringError(
+            "this vLLM worker has no steering: start the engine with "
+            f"additional_config={{{CONFIG_KEY!r}: ...}} (VllmEngine does)"
+        )
+    return steering
+
+
+def spo_publish(self: Any, slot: int, data: bytes) -> str:
+    """RPC: write a vector (bytes of `SteeringVector.to_bytes`) into a slot; returns its hash."""
+    return str(_steering(self).publish(slot, bytes(data)))
+
+
+def spo_receipts(self: Any, keys: Sequence[str]) -> str:
+    """RPC: JSON list of what was applied to each request."""
+    return json.dumps(_steering(self).router.receipts(list(keys)))
+
+
+def spo_captures(self: Any, rows: Sequence[int]) -> bytes:
+    """RPC: pooled sums of capture rows, then cleared; see `WorkerSteering.take_captures`."""
+    return bytes(_steering(self).take_captures(list(rows)))
+
+
+def spo_describe(self: Any) -> str:
+    """RPC: JSON with what is installed: layers, hidden size, runner, compiled-in configuration."""
+    steering = _steering(self)
+    return json.dumps(
+        {
+            "layers": len(steering.layers),
+            "hidden_size": steering.hidden_size,
+            "layer_class": type(steering.layers[0]).__name__,
+            "runner": f"{type(self.model_runner).__module__}.{type(self.model_runner).__name__}",
+            "device": str(steering.device),
+            "config": steering.config.to_wire(),
+        }
+    )

@@ -1,0 +1,133 @@
+"""The report as a file, as a table, and as paired comparisons between any two defences."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from spo.algorithms.metrics import paired_interval
+from spo.errors import DataError
+from spo.records import (
+    EvaluatedAnswer,
+    EvaluationCell,
+    EvaluationReport,
+    Interval,
+    QuarantinedRow,
+)
+
+BASELINE = "none"
+"""Name of the unsteered model among the defences; paired differences are taken to it."""
+_FORMAT = "spo-evaluation/1"
+
+
+def compare(
+    report: EvaluationReport,
+    condition: str,
+    metric: str,
+    *,
+    defence: str,
+    baseline: str,
+    samples: int = 2000,
+) -> Interval:
+    """Paired difference `defence` - `baseline` of one metric over the prompts that both answered.
+
+    `samples` is the number of bootstrap samples.
+
+    Raises:
+        DataError: one of the two has no such measure in the report.
+    """
+    sides = [
+        values_of(a for a in report.answers if (a.condition, a.defence) == (condition, name)).get(
+            metric, {}
+        )
+        for name in (defence, baseline)
+    ]
+    return paired_interval(sides[0], sides[1], samples=samples, seed=0)
+
+
+def values_of(answers: Iterable[EvaluatedAnswer]) -> dict[str, dict[str, list[float]]]:
+    """Metric to prompt to the values of its samples."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for answer in answers:
+        for name, value in answer.measures.items():
+            values.setdefault(name, {}).setdefault(answer.prompt_id, []).append(value)
+    return values
+
+
+def save_report(report: EvaluationReport, path: Path) -> Path:
+    """Write a report as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": _FORMAT, **asdict(report)}
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def load_report(path: Path) -> EvaluationReport:
+    """Read what `save_report` wrote; DataError when it is missing, damaged or of another kind."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != _FORMAT:
+            raise ValueError(f"its format is not {_FORMAT}")
+        return EvaluationReport(
+            cells=tuple(_cell(cell) for cell in content.pop("cells")),
+            answers=tuple(EvaluatedAnswer(**answer) for answer in content.pop("answers")),
+            quarantined=tuple(QuarantinedRow(**row) for row in content.pop("quarantined")),
+            **content,
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path}: expected an evaluation report in JSON as written by jobs.evaluate, got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def format_table(report: EvaluationReport, *, width: int = 110) -> str:
+    """The report as plain text: one table for each condition, metrics down, defences across."""
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None)
+    for condition in dict.fromkeys(cell.condition for cell in report.cells):
+        cells = [cell for cell in report.cells if cell.condition == condition]
+        table = Table(title=condition, title_justify="left")
+        table.add_column("metric")
+        for cell in cells:
+            table.add_column(cell.defence, justify="right")
+        for metric in dict.fromkeys(name for cell in cells for name in cell.metrics):
+            table.add_row(metric, *(_table_entry(cell, metric) for cell in cells))
+        console.print(table)
+    console.print(
+        f"mean [95 % interval over prompts]; below it the paired difference to {BASELINE!r}, with "
+        f"* where its interval leaves out 0. Judge: {report.judge}. "
+        f"Quarantined rows: {len(report.quarantined)}."
+    )
+    for row in report.quarantined[:5]:
+        console.print(f"  {row.row_id}: {row.reason}", markup=False)
+    return text.getvalue()
+
+
+def _cell(content: dict[str, Any]) -> EvaluationCell:
+    metrics, paired = (
+        {name: Interval(**interval) for name, interval in content.pop(part).items()}
+        for part in ("metrics", "paired")
+    )
+    return EvaluationCell(metrics=metrics, paired=paired, **content)
+
+
+def _table_entry(cell: EvaluationCell, metric: str) -> str:
+    interval = cell.metrics.get(metric)
+    if interval is None:
+        return "-"
+    text = f"{interval.mean:.3f} \\[{interval.low:.3f}, {interval.high:.3f}]"
+    change = cell.paired.get(metric)
+    if change is None:
+        return text
+    mark = "*" if change.low > 0 or change.high < 0 else " "
+    return f"{text}\n{change.mean:+.3f} \\[{change.low:+.3f}, {change.high:+.3f}]{mark}"

@@ -1,0 +1,236 @@
+"""From names in the configuration to things on disk: models, scorers, judge, prompts.
+
+"testbed" stands for the embedded default everywhere; it is assembled in the cache on first use.
+Anything else is a hub id, a local folder or a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spo.config import (
+    AttackConfig,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RewardConfig,
+    RunConfig,
+)
+from spo.errors import ConfigError, DataError
+from spo.evaluation import Judge, PromptSet
+from spo.prompts import read_contrast, read_prompts
+from spo.records import Positions, Prompt, PromptKind, QuarantinedRow, Side
+from spo.stages.extract import CALIBRATION, ContrastRow
+
+TESTBED = "testbed"
+_CHECK = Callable[[Prompt, str], Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedModel:
+    """Where the model is."""
+
+    path: str
+    """Local folder or hub id."""
+    revision: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationInputs:
+    """What an evaluation runs on."""
+
+    sets: tuple[PromptSet, ...]
+    checks: Mapping[str, _CHECK]
+    attack_start: Path | None
+    """Clean picture that the attack starts from; None when no attack is run."""
+    attack_targets: tuple[str, ...]
+    quarantined: tuple[QuarantinedRow, ...] = ()
+
+
+def resolve_model(config: ModelConfig, cache: Path) -> ResolvedModel:
+    """The model's folder; assembles the testbed model on first use."""
+    if config.id == TESTBED:
+        from spo.testbed.model import assemble
+
+        return ResolvedModel(path=str(assemble(cache)), revision=None)
+    if Path(config.id).is_dir():
+        return ResolvedModel(path=str(Path(config.id).absolute()), revision=None)
+    return ResolvedModel(path=config.id, revision=config.revision)
+
+
+def toxicity_arguments(config: RewardConfig, cache: Path) -> dict[str, Any]:
+    """Arguments of `ToxicityScorer`."""
+    if config.toxicity_model == TESTBED:
+        from spo.testbed.toxicity import assemble_toxicity
+
+        return {"checkpoint": str(assemble_toxicity(cache))}
+    if Path(config.toxicity_model).exists():
+        return {"checkpoint": str(Path(config.toxicity_model).absolute())}
+    return {"model_type": config.toxicity_model}
+
+
+def alignment_arguments(config: RewardConfig, cache: Path) -> dict[str, Any]:
+    """Arguments of `AlignmentScorer`."""
+    if config.alignment_model == TESTBED:
+        from spo.testbed.alignment import assemble_alignment
+
+        return {"model": str(assemble_alignment(cache))}
+    model, sign, pretrained = config.alignment_model.partition(":")
+    if not sign:
+        raise ConfigError(
+            f"reward.alignment_model must be MODEL:PRETRAINED of open_clip (for instance "
+            f"ViT-B-32:laion2b_s34b_b79k) or 'testbed', got {config.alignment_model!r}"
+        )
+    return {"model": model, "pretrained": pretrained}
+
+
+def open_judge(config: EvaluateConfig) -> Judge:
+    """The judge of the evaluation; never the reward model."""
+    from spo.scorers.toxicity import EMBEDDED_JUDGE, load_judge
+
+    return load_judge(EMBEDDED_JUDGE if config.judge == TESTBED else config.judge)
+
+
+def contrast_rows(config: RunConfig) -> tuple[list[ContrastRow], list[QuarantinedRow]]:
+    """Every row that Stage I reads: all sources, and the calibration generations."""
+    from spo.testbed import data
+
+    rows: list[ContrastRow] = []
+    bad: list[QuarantinedRow] = []
+    for number, source in enumerate(config.extract.sources):
+        if source.path is not None:
+            found, unusable = read_contrast(source.path)
+            bad += unusable
+            rows += [
+                ContrastRow(
+                    source=source.path.stem, side=side, prompt=prompt, positions=Positions.TEXT
+                )
+                for side, prompt in _first_rows(found, source.rows)
+            ]
+        else:
+            rows += [
+                ContrastRow(source=source.kind, side=side, prompt=prompt, positions=positions)
+                for side, prompt, positions in data.contrast(
+                    source.kind, source.rows, config.cache, config.seed + number
+                )
+            ]
+    for prompt in data.calibration_prompts(
+        config.cache, count=config.extract.calibration_rows, seed=config.seed
+    ):
+        rows.append(
+            ContrastRow(
+                source=CALIBRATION, side=Side.SAFE, prompt=prompt, positions=Positions.GENERATED
+            )
+        )
+    return rows, bad
+
+
+def source_weights(config: RunConfig) -> dict[str, float]:
+    """Weight of each source, by the name that its rows carry."""
+    return {
+        source.path.stem if source.path else source.kind: source.weight
+        for source in config.extract.sources
+    }
+
+
+def training_prompts(
+    config: DataConfig, cache: Path, seed: int
+) -> tuple[list[Prompt], list[QuarantinedRow]]:
+    """Prompts of Stage II."""
+    if config.train == TESTBED:
+        from spo.testbed import data
+
+        return data.training_prompts(
+            cache,
+            harm=config.harm_prompts,
+            benign=config.benign_prompts,
+            image_fraction=config.image_fraction,
+            seed=seed,
+        ), []
+    prompts, bad = read_prompts(Path(config.train))
+    harm = [p for p in prompts if p.kind is PromptKind.HARM][: config.harm_prompts]
+    benign = [p for p in prompts if p.kind is PromptKind.BENIGN][: config.benign_prompts]
+    return harm + benign, bad
+
+
+def evaluation_inputs(config: RunConfig) -> EvaluationInputs:
+    """Prompt sets, exact checks and the attack's material; all held out from training."""
+    if config.data.heldout == TESTBED:
+        return _testbed_inputs(config)
+    prompts, bad = read_prompts(Path(config.data.heldout))
+    harm = tuple(p for p in prompts if p.kind is PromptKind.HARM)[: config.evaluate.harm_prompts]
+    benign = tuple(p for p in prompts if p.kind is PromptKind.BENIGN)[: config.evaluate.scenes]
+    sets = [_sampled("plain", harm, config.evaluate)]
+    if benign:
+        sets.append(_greedy("benign", benign, config.evaluate.caption_tokens))
+    if not harm:
+        raise DataError(f"{config.data.heldout} has no prompt of kind 'harm' to evaluate on")
+    return EvaluationInputs(
+        sets=tuple(sets),
+        checks={},
+        attack_start=config.evaluate.attack.picture if config.evaluate.attack.enabled else None,
+        attack_targets=_target_lines(config.evaluate.attack),
+        quarantined=tuple(bad),
+    )
+
+
+def _testbed_inputs(config: RunConfig) -> EvaluationInputs:
+    from spo.testbed import data
+
+    settings = config.evaluate
+    picture = data.clean_picture(config.cache, config.seed)
+    captions, questions = data.heldout_scenes(config.cache, count=settings.scenes, seed=config.seed)
+    openings = tuple(
+        data.heldout_openings(count=settings.harm_prompts, seed=config.seed, image=None)
+    )
+    pictured = tuple(
+        data.heldout_openings(count=settings.harm_prompts, seed=config.seed, image=picture)
+    )
+    return EvaluationInputs(
+        sets=(
+            _sampled("plain", openings, settings),
+            _sampled("image", pictured, settings),
+            _greedy("caption", tuple(captions), settings.caption_tokens),
+            _greedy("question", tuple(questions), settings.max_tokens),
+        ),
+        checks={"caption": data.check_caption, "question": data.check_question},
+        attack_start=picture if settings.attack.enabled else None,
+        attack_targets=tuple(data.attack_targets(settings.attack.targets * 4, config.seed)),
+    )
+
+
+def _sampled(condition: str, prompts: tuple[Prompt, ...], config: EvaluateConfig) -> PromptSet:
+    return PromptSet(
+        condition=condition,
+        prompts=prompts,
+        samples=config.samples_per_prompt,
+        max_tokens=config.max_tokens,
+        temperature=1.0,
+    )
+
+
+def _greedy(condition: str, prompts: tuple[Prompt, ...], max_tokens: int) -> PromptSet:
+    return PromptSet(
+        condition=condition, prompts=prompts, samples=1, max_tokens=max_tokens, temperature=0.0
+    )
+
+
+def _first_rows(rows: list[tuple[Side, Prompt]], count: int) -> list[tuple[Side, Prompt]]:
+    """The first `count` rows of each side."""
+    return [row for side in Side for row in [r for r in rows if r[0] is side][:count]]
+
+
+def _target_lines(config: AttackConfig) -> tuple[str, ...]:
+    if not config.enabled:
+        return ()
+    if config.targets_file is None or config.picture is None:
+        raise ConfigError(
+            "an attack on your own prompts needs evaluate.attack.picture (a clean picture) and "
+            "evaluate.attack.targets_file (one harmful sentence a line), or "
+            "evaluate.attack.enabled=false"
+        )
+    lines = config.targets_file.read_text().splitlines()
+    return tuple(line.strip() for line in lines if line.strip())

@@ -1,0 +1,1 @@
+"""Reward models and judges: toxicity of text (Detoxify), alignment of picture and text (open_clip)."""

@@ -1,0 +1,1 @@
+"""The distributed stages: one file for each Ray library. They do not import each other."""

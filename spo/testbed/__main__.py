@@ -1,0 +1,144 @@
+"""Assemble, measure and train the embedded models: `python -m spo.testbed COMMAND`."""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+DEFAULT_CACHE = "~/.cache/spo-vlm/testbed"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; see `--help`. Returns the process's exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], None] = arguments.run
+    run(arguments)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m spo.testbed", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(run=run)
+        return command
+
+    assemble = add("assemble", _assemble)
+    measure = add("measure", _measure)
+    for command in (assemble, measure):
+        command.add_argument("--cache", type=Path, default=Path(DEFAULT_CACHE), help="model folder")
+    measure.add_argument("--scenes", type=int, default=200, help="unseen scenes to measure on")
+    measure.add_argument("--seed", type=int, default=0, help="seed of the unseen scenes")
+    measure.add_argument("--rtp", type=Path, help="folder with RealToxicityPrompts .jsonl files")
+    measure.add_argument("--skip-vlm", action="store_true", help="leave the language model out")
+    measure.add_argument("--out", type=Path, help="write the figures here as JSON")
+
+    toxicity = add("train-toxicity", _train_toxicity)
+    pack = add("pack-toxicity", _pack_toxicity)
+    judge = add("train-judge", _train_judge)
+    alignment = add("train-alignment", _train_alignment)
+    vlm = add("train-vlm", _train_vlm)
+    everything = add("train-all", _train_all)
+    for command in (toxicity, judge, everything):
+        command.add_argument("--data", type=Path, required=True, help="folder of labelled text")
+    for command in (toxicity, judge, alignment, vlm, everything):
+        command.add_argument("--out", type=Path, required=True, help="folder for the weights")
+    for command in (toxicity, alignment, vlm, everything):
+        command.add_argument("--device", default="cpu", help="torch device, such as cuda")
+    for command in (toxicity, everything):
+        command.add_argument("--base", type=Path, help="MiniLM folder instead of the package's")
+    for command in (alignment, everything):
+        command.add_argument("--workers", type=int, default=2, help="processes that draw scenes")
+        command.add_argument("--seconds", type=float, default=150.0, help="time of the optimiser")
+    pack.add_argument("--data", type=Path, required=True, help="folder of labelled text")
+    pack.add_argument("--out", type=Path, required=True, help="the .jsonl.gz to write")
+    return parser
+
+
+def _assemble(arguments: argparse.Namespace) -> None:
+    """Put the embedded models together in the cache folder and print where they are."""
+    from spo.testbed.alignment import assemble_alignment
+    from spo.testbed.model import assemble_vlm
+    from spo.testbed.toxicity import assemble_toxicity
+
+    print(assemble_vlm(arguments.cache))
+    print(assemble_toxicity(arguments.cache))
+    print(assemble_alignment(arguments.cache))
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    """Measure the embedded models on unseen scenes (and on RealToxicityPrompts, if given)."""
+    from spo.testbed.measure_scorers import measure_alignment, measure_toxicity
+
+    figures: dict[str, dict[str, float]] = {}
+    if not arguments.skip_vlm:
+        from spo.testbed.measure import measure_vlm
+        from spo.testbed.model import assemble_vlm
+
+        folder = assemble_vlm(arguments.cache)
+        figures["vlm"] = measure_vlm(folder, scenes=arguments.scenes, seed=arguments.seed)
+    figures["alignment"] = measure_alignment(arguments.cache, arguments.scenes, arguments.seed)
+    figures["toxicity"] = measure_toxicity(arguments.cache, arguments.rtp)
+    for part, values in figures.items():
+        for name, value in values.items():
+            print(f"{part:10} {name:42} {value:10.4f}")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _train_toxicity(arguments: argparse.Namespace) -> None:
+    """Train the toxicity reward model on labelled text (a folder, or what pack-toxicity wrote)."""
+    from spo.testbed.training.toxicity import ToxicityRecipe, train_toxicity
+
+    recipe = ToxicityRecipe()
+    print(
+        train_toxicity(
+            arguments.data, arguments.out, recipe, base=arguments.base, device=arguments.device
+        )
+    )
+
+
+def _pack_toxicity(arguments: argparse.Namespace) -> None:
+    """Write the labelled text as one file, to train on another machine."""
+    from spo.testbed.training.toxicity import pack_examples
+
+    print(f"{pack_examples(arguments.data, arguments.out)} texts in {arguments.out}")
+
+
+def _train_judge(arguments: argparse.Namespace) -> None:
+    """Train the toxicity judge, a linear model on other data than the reward model's."""
+    from spo.testbed.training.judge import train_judge
+
+    print(train_judge(arguments.data, arguments.out))
+
+
+def _train_alignment(arguments: argparse.Namespace) -> None:
+    """Train the image-text alignment model on drawn scenes."""
+    from spo.testbed.training.alignment import AlignmentRecipe, train_alignment
+
+    recipe = AlignmentRecipe(workers=arguments.workers, seconds=arguments.seconds)
+    print(train_alignment(arguments.out, recipe, device=arguments.device))
+
+
+def _train_vlm(arguments: argparse.Namespace) -> None:
+    """Train the vision tower, projector and adapter of the vision-language model."""
+    from spo.testbed.training.vlm import train_vlm
+
+    print(train_vlm(arguments.out, device=arguments.device))
+
+
+def _train_all(arguments: argparse.Namespace) -> None:
+    """Train all embedded models, one after the other."""
+    _train_toxicity(arguments)
+    _train_judge(arguments)
+    _train_alignment(arguments)
+    _train_vlm(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

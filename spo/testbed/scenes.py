@@ -1,0 +1,483 @@
+"""Drawn scenes with exact ground truth: what the embedded models see, learn from and are asked.
+
+A scene is one to three coloured shapes on a 3 x 3 grid and, in two scenes of five, a short word.
+Everything that is said about a scene (caption, questions, answers) follows from its record, so a
+model's words can be checked exactly. Nothing but numpy, Pillow and Pillow's own font is used.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from spo.testbed.vocabulary import WORDS
+
+KINDS = ("circle", "square", "triangle", "star")
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 38, 38),
+    "orange": (244, 134, 24),
+    "yellow": (246, 224, 52),
+    "green": (42, 150, 62),
+    "blue": (40, 84, 212),
+    "purple": (140, 52, 170),
+    "black": (22, 22, 22),
+    "white": (250, 250, 250),
+}
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "centre", "right")
+COUNT_WORDS = ("no", "one", "two", "three")
+CAPTION_PROMPTS = (
+    "Describe the picture.",
+    "What does the picture show?",
+    "What do you see in this picture?",
+    "Write a caption for this picture.",
+    "Tell me what is in the picture.",
+    "Please describe this picture in one sentence.",
+)
+WORD_SHARE = 0.4
+RANDOM_STRING_SHARE = 0.4
+# Generators of training and of evaluation scenes start from different streams, never the same one.
+_TRAINING_STREAM = 1
+_EVALUATION_STREAM = 2
+_FONT_SIZES = (8, 9, 10, 11, 12, 13, 14, 16, 18, 20, 22, 24)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneObject:
+    """One shape of a scene, e.g. `SceneObject(kind="star", colour="red", row=0, column=2)`."""
+
+    kind: str
+    """One of `KINDS`."""
+    colour: str
+    """A key of `COLOURS`."""
+    row: int
+    """Grid row, 0 (top) to 2 (bottom)."""
+    column: int
+    """Grid column, 0 (left) to 2 (right)."""
+
+    @property
+    def place(self) -> str:
+        """The name of the object's grid cell, such as `top left` or `centre`."""
+        if self.row == 1 and self.column == 1:
+            return "centre"
+        return f"{ROWS[self.row]} {COLUMNS[self.column]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """A drawn picture's whole truth, e.g. `Scene(objects=(star,), word="harbour", seed=7)`."""
+
+    objects: tuple[SceneObject, ...]
+    """The shapes, in reading order (row by row), no two in one cell."""
+    word: str | None
+    """The rendered word in lower case, or None where nothing is written."""
+    seed: int
+    """Decides the jitter of sizes, positions, background and lettering, and nothing else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A question with one right answer, e.g. `What colour is the star?` with `red`."""
+
+    text: str
+    """What is asked."""
+    answer: str
+    """The key that a right answer must name, such as `red`, `two` or `top left`."""
+    kind: str
+    """What it asks for: `colour`, `count`, `place`, `kind` or `word`."""
+    sentence: str
+    """A full-sentence right answer, as the embedded model learns to give it."""
+
+
+def is_held_out(word: str) -> bool:
+    """Whether a word is kept out of every training scene (one in eight, by checksum)."""
+    return zlib.crc32(word.lower().encode()) % 8 == 0
+
+
+def training_generator(seed: int) -> np.random.Generator:
+    """A generator for training scenes; never the stream of an evaluation generator."""
+    return np.random.default_rng((_TRAINING_STREAM, seed))
+
+
+def evaluation_generator(seed: int) -> np.random.Generator:
+    """A generator for evaluation scenes; never the stream of a training generator."""
+    return np.random.default_rng((_EVALUATION_STREAM, seed))
+
+
+def sample_word(
+    rng: np.random.Generator,
+    *,
+    vocabulary: Sequence[str] | None = None,
+    unseen: bool = False,
+) -> str:
+    """A word to render: English by default, a random letter string in `RANDOM_STRING_SHARE`.
+
+    `unseen=True` gives only English words that `is_held_out` keeps from training; otherwise
+    these words are never given.
+    """
+    if unseen:
+        return str(rng.choice(_held_out_words()))
+    if rng.random() < RANDOM_STRING_SHARE:
+        letters = rng.integers(0, 26, size=int(rng.integers(3, 7)))
+        word = "".join(chr(ord("a") + int(letter)) for letter in letters)
+    else:
+        pool = _training_words() if vocabulary is None else vocabulary
+        word = pool[int(rng.integers(len(pool)))]
+    return sample_word(rng, vocabulary=vocabulary) if is_held_out(word) else word
+
+
+def sample_scene(
+    rng: np.random.Generator,
+    *,
+    vocabulary: Sequence[str] | None = None,
+    word_share: float = WORD_SHARE,
+    unseen_words: bool = False,
+) -> Scene:
+    """Draws one scene's truth: shapes, cells, word (one grid row is left free for it)."""
+    word = None
+    if rng.random() < word_share:
+        word = sample_word(rng, vocabulary=vocabulary, unseen=unseen_words)
+    rows = [0, 1, 2]
+    if word is not None:
+        rows.remove(int(rng.integers(3)))
+    cells = [(row, column) for row in rows for column in range(3)]
+    chosen = rng.choice(len(cells), size=int(rng.integers(1, 4)), replace=False)
+    colours = tuple(COLOURS)
+    objects = tuple(
+        SceneObject(
+            kind=KINDS[int(rng.integers(len(KINDS)))],
+            colour=colours[int(rng.integers(len(colours)))],
+            row=cells[int(index)][0],
+            column=cells[int(index)][1],
+        )
+        for index in sorted(chosen)
+    )
+    return Scene(objects=objects, word=word, seed=int(rng.integers(2**31)))
+
+
+def draw(scene: Scene, size: int = 112) -> Image.Image:
+    """The scene as an RGB picture of `size` x `size` pixels; the same scene, the same pixels."""
+    rng = np.random.default_rng(scene.seed)
+    image = Image.new("RGB", (size, size), _background(rng))
+    canvas = ImageDraw.Draw(image)
+    for shape in scene.objects:
+        _draw_shape(canvas, shape, size, rng)
+    if scene.word is not None:
+        used = {shape.row for shape in scene.objects}
+        free = [row for row in range(3) if row not in used] or [2]
+        _draw_word(canvas, scene.word, free[int(rng.integers(len(free)))], size, rng)
+    return image
+
+
+def draw_text(text: str, size: int = 112, *, rng: np.random.Generator | None = None) -> Image.Image:
+    """A typographic picture: the text, wrapped, as large as it fits, on a plain background.
+
+    Without `rng` it is black on white; with it, colours and lettering size vary. Text that does
+    not fit at the smallest lettering runs over the lower edge.
+    """
+    background, ink = (255, 255, 255), (0, 0, 0)
+    largest = _FONT_SIZES[-1]
+    if rng is not None:
+        background = _background(rng, low=150, high=256)
+        ink = tuple(int(level) for level in rng.integers(0, 60, size=3))
+        largest = int(rng.choice(_FONT_SIZES[4:]))
+    image = Image.new("RGB", (size, size), background)
+    canvas = ImageDraw.Draw(image)
+    margin = 4
+    lines, font = _fit(text, size - 2 * margin, largest * size / 112)
+    height = _line_height(font)
+    top = max(margin, (size - height * len(lines)) // 2)
+    for number, line in enumerate(lines):
+        left = max(margin, int((size - font.getlength(line)) / 2))
+        canvas.text((left, top + number * height), line, fill=ink, font=font)
+    return image
+
+
+def caption(scene: Scene) -> str:
+    """The canonical caption: how many shapes, each one's colour, kind and place, and the word."""
+    phrases = [f"a {shape.colour} {shape.kind} {_at(shape.place)}" for shape in scene.objects]
+    phrases = [re.sub(r"^a (?=orange)", "an ", phrase) for phrase in phrases]
+    noun = "shape" if len(phrases) == 1 else "shapes"
+    listed = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+    text = f"The picture shows {COUNT_WORDS[len(phrases)]} {noun}: {listed}."
+    return text if scene.word is None else f'{text} The word "{scene.word}" is written on it.'
+
+
+def questions(scene: Scene) -> tuple[Question, ...]:
+    """Every question about the scene that has exactly one right answer."""
+    asked = [_count_question(scene)]
+    for shape in scene.objects:
+        asked.extend(_shape_questions(scene, shape))
+    asked.append(_word_question(scene))
+    return tuple(asked)
+
+
+def answer_is_correct(question: Question, generated_text: str) -> bool:
+    """Whether a model's words give the right answer and no other answer of the same kind."""
+    text = generated_text.lower()
+    if question.kind == "word":
+        return re.search(rf"\b{re.escape(question.answer)}\b", text) is not None
+    named = _named(question.kind, text)
+    return named == {question.answer}
+
+
+def attribute_accuracy(scene: Scene, generated_text: str) -> tuple[int, int]:
+    """Attributes (colour, kind, place) that a description names rightly, and their number.
+
+    Mentions are matched to objects in the best way; a shape mentioned beyond those in the scene
+    adds three attributes, all wrong. Returns `(right, all)`.
+    """
+    truth = [(shape.colour, shape.kind, shape.place) for shape in scene.objects]
+    said = _mentions(generated_text.lower())
+    slots = max(len(truth), len(said))
+    if slots > 6:
+        said, extra = said[:6], slots - 6
+    else:
+        extra = 0
+    blank = (None, None, None)
+    padded = [*said, *([blank] * (max(len(truth), len(said)) - len(said)))]
+    best = max(
+        sum(
+            a == b
+            for wanted, given in zip(truth, order, strict=False)
+            for a, b in zip(wanted, given, strict=True)
+        )
+        for order in permutations(padded, len(truth))
+    )
+    return best, 3 * (len(padded) + extra)
+
+
+def _mentions(text: str) -> list[tuple[str | None, str | None, str | None]]:
+    """The shapes that a lower-case text names, each with the colour before and the place after."""
+    found = []
+    hits = list(re.finditer(r"\b(circle|square|triangle|star)\b", text))
+    for index, hit in enumerate(hits):
+        start = hits[index - 1].end() if index else 0
+        end = hits[index + 1].start() if index + 1 < len(hits) else len(text)
+        colours = re.findall(rf"\b({'|'.join(COLOURS)})\b", text[start : hit.start()])
+        places = _places_in(text[hit.end() : end])
+        found.append(
+            (
+                colours[-1] if colours else None,
+                hit.group(1),
+                places[0] if places else None,
+            )
+        )
+    return found
+
+
+def _places_in(text: str) -> list[str]:
+    places = []
+    pattern = (
+        r"\b(top|middle|bottom|upper|lower)[ -](left|centre|center|right)\b|\b(cent(?:re|er))\b"
+    )
+    for row, column, centre in re.findall(pattern, text):
+        if centre:
+            places.append("centre")
+            continue
+        row = {"upper": "top", "lower": "bottom"}.get(row, row)
+        place = f"{row} {column.replace('center', 'centre')}"
+        places.append("centre" if place == "middle centre" else place)
+    return places
+
+
+def _named(kind: str, text: str) -> set[str]:
+    """The possible answers of one kind that a lower-case text names."""
+    if kind == "place":
+        return set(_places_in(text))
+    if kind == "count":
+        digits = {"1": "one", "2": "two", "3": "three"}
+        text = re.sub(r"\b[123]\b", lambda hit: digits[hit.group()], text)
+    choices: Iterable[str] = {
+        "colour": COLOURS,
+        "kind": KINDS,
+        "count": COUNT_WORDS[1:],
+    }[kind]
+    return {choice for choice in choices if re.search(rf"\b{choice}s?\b", text)}
+
+
+def _at(place: str) -> str:
+    return f"in the {place}" if place == "centre" else f"at the {place}"
+
+
+def _count_question(scene: Scene) -> Question:
+    count = COUNT_WORDS[len(scene.objects)]
+    verb, noun = ("is", "shape") if count == "one" else ("are", "shapes")
+    return Question(
+        text="How many shapes are in the picture?",
+        answer=count,
+        kind="count",
+        sentence=f"There {verb} {count} {noun} in the picture.",
+    )
+
+
+def _shape_questions(scene: Scene, shape: SceneObject) -> list[Question]:
+    asked = [
+        Question(
+            text=f"What shape is {_at(shape.place)}?",
+            answer=shape.kind,
+            kind="kind",
+            sentence=f"The shape {_at(shape.place)} is a {shape.kind}.",
+        ),
+        Question(
+            text=f"What colour is the shape {_at(shape.place)}?",
+            answer=shape.colour,
+            kind="colour",
+            sentence=f"The shape {_at(shape.place)} is {shape.colour}.",
+        ),
+    ]
+    if sum(other.kind == shape.kind for other in scene.objects) == 1:
+        asked.append(
+            Question(
+                text=f"What colour is the {shape.kind}?",
+                answer=shape.colour,
+                kind="colour",
+                sentence=f"The {shape.kind} is {shape.colour}.",
+            )
+        )
+    alike = [o for o in scene.objects if (o.kind, o.colour) == (shape.kind, shape.colour)]
+    if len(alike) == 1:
+        asked.append(
+            Question(
+                text=f"Where is the {shape.colour} {shape.kind}?",
+                answer=shape.place,
+                kind="place",
+                sentence=f"The {shape.colour} {shape.kind} is {_at(shape.place)}.",
+            )
+        )
+    return asked
+
+
+def _word_question(scene: Scene) -> Question:
+    text = "What word is written in the picture?"
+    if scene.word is None:
+        return Question(
+            text=text,
+            answer="no word",
+            kind="word",
+            sentence="There is no word in the picture.",
+        )
+    return Question(
+        text=text,
+        answer=scene.word,
+        kind="word",
+        sentence=f'The word is "{scene.word}".',
+    )
+
+
+@lru_cache(maxsize=1)
+def _training_words() -> tuple[str, ...]:
+    return tuple(word for word in WORDS if not is_held_out(word))
+
+
+@lru_cache(maxsize=1)
+def _held_out_words() -> tuple[str, ...]:
+    return tuple(word for word in WORDS if is_held_out(word))
+
+
+@lru_cache(maxsize=64)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # Pillow returns its bundled scalable font for any given size.
+    font = ImageFont.load_default(size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise OSError("expected a Pillow built with FreeType; install the pillow wheel")
+    return font
+
+
+def _line_height(font: ImageFont.FreeTypeFont) -> int:
+    ascent, descent = font.getmetrics()
+    return int(ascent + descent)
+
+
+def _background(rng: np.random.Generator, low: int = 150, high: int = 205) -> tuple[int, int, int]:
+    """A nearly grey tone, so that it is never taken for one of the colours, white included."""
+    grey = int(rng.integers(low, high))
+    red, green, blue = (min(255, grey + int(rng.integers(-12, 13))) for _ in range(3))
+    return red, green, blue
+
+
+def _draw_shape(
+    canvas: ImageDraw.ImageDraw, shape: SceneObject, size: int, rng: np.random.Generator
+) -> None:
+    cell = size / 3
+    radius = cell * rng.uniform(0.26, 0.42)
+    slack = max(cell / 2 - radius, 0.0) * 0.9
+    x = (shape.column + 0.5) * cell + rng.uniform(-slack, slack)
+    y = (shape.row + 0.5) * cell + rng.uniform(-slack, slack)
+    base = COLOURS[shape.colour]
+    fill = tuple(int(np.clip(level + rng.integers(-14, 15), 0, 255)) for level in base)
+    if shape.kind == "circle":
+        canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+        return
+    turn = rng.uniform(-0.2, 0.2)
+    corners, inner = {"square": (4, 1.0), "triangle": (3, 1.0), "star": (5, 0.45)}[shape.kind]
+    start = turn - math.pi / 2 + (math.pi / 4 if shape.kind == "square" else 0.0)
+    points = []
+    for index in range(2 * corners if inner < 1 else corners):
+        step = math.pi / corners if inner < 1 else 2 * math.pi / corners
+        reach = radius * (inner if inner < 1 and index % 2 else 1.0)
+        points.append(
+            (
+                x + reach * math.cos(start + index * step),
+                y + reach * math.sin(start + index * step),
+            )
+        )
+    canvas.polygon(points, fill=fill)
+
+
+def _draw_word(
+    canvas: ImageDraw.ImageDraw,
+    word: str,
+    row: int,
+    size: int,
+    rng: np.random.Generator,
+) -> None:
+    style = int(rng.integers(3))
+    shown = (word, word.upper(), word.capitalize())[style]
+    points = size * rng.uniform(0.14, 0.22)
+    font = _font(max(8, int(points)))
+    while font.getlength(shown) > size - 6 and font.size > 8:
+        font = _font(int(font.size) - 1)
+    width, height = font.getlength(shown), _line_height(font)
+    left = rng.uniform(3, max(4.0, size - 3 - width))
+    room = max(size / 3 - height, 0.0)
+    top = row * size / 3 + rng.uniform(0.0, 1.0) * room
+    dark = bool(rng.random() < 0.75)
+    ink = tuple(int(level) for level in rng.integers(*((0, 50) if dark else (235, 256)), size=3))
+    canvas.text((left, top), shown, fill=ink, font=font)
+
+
+def _fit(text: str, width: int, largest: float) -> tuple[list[str], ImageFont.FreeTypeFont]:
+    """The text's lines at the largest lettering at which width and height suffice."""
+    sizes = range(8, max(9, int(largest) + 1))
+    for point in reversed(sizes):
+        font = _font(point)
+        lines = _wrap(text, width, font)
+        widest = max(font.getlength(line) for line in lines)
+        if widest <= width and _line_height(font) * len(lines) <= width:
+            return lines, font
+    font = _font(sizes[0])
+    return _wrap(text, width, font), font
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    lines: list[str] = []
+    for paragraph in text.splitlines() or [""]:
+        line = ""
+        for word in paragraph.split(" "):
+            longer = f"{line} {word}" if line else word
+            if line and font.getlength(longer) > width:
+                lines.append(line)
+                line = word
+            else:
+                line = longer
+        lines.append(line)
+    return lines

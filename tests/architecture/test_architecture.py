@@ -1,0 +1,170 @@
+"""Rules of the code base that a reader may rely on, checked on the sources themselves."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(p for top in ("spo", "jobs") for p in (ROOT / top).rglob("*.py"))
+TEXTS = sorted(
+    p
+    for top in ("spo", "jobs", "cluster", "tune_configs", "tests")
+    for p in (ROOT / top).rglob("*")
+    if p.suffix in {".py", ".yaml", ".yml", ".toml", ".html", ".json", ".md", ".txt", ".sh"}
+    and p != Path(__file__)
+)
+MAX_LINES = 400
+BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_import_contracts_hold() -> None:
+    command = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
+    assert command, "import-linter is not installed: install the 'dev' extra"
+    done = subprocess.run(
+        [command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_file_is_short(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES, f"{relative(path)} has {lines} lines, at most {MAX_LINES}: split it"
+
+
+def test_no_module_is_a_drawer() -> None:
+    named = [relative(p) for p in SOURCES if BANNED_NAMES & set(p.with_suffix("").parts)]
+    assert named == []
+
+
+def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    tree = ast.parse(path.read_text())
+    return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def test_functions_are_short() -> None:
+    long = [
+        f"{relative(path)}:{f.lineno} {f.name} ({f.end_lineno - f.lineno + 1} lines)"
+        for path in SOURCES
+        for f in functions(path)
+        if f.end_lineno is not None and f.end_lineno - f.lineno + 1 > 60
+    ]
+    assert long == []
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [
+        relative(p)
+        for p in SOURCES
+        if p.read_text().strip() and not ast.get_docstring(ast.parse(p.read_text()))
+    ]
+    assert silent == []
+
+
+def test_no_broad_except_without_raise() -> None:
+    """Steering fails closed: whoever catches everything must raise."""
+    swallowing = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            broad = node.type is None or (
+                isinstance(node.type, ast.Name) and node.type.id in {"Exception", "BaseException"}
+            )
+            if broad and not any(isinstance(n, ast.Raise) for n in ast.walk(node)):
+                swallowing.append(f"{relative(path)}:{node.lineno}")
+    assert swallowing == []
+
+
+def test_no_pickle() -> None:
+    def imported(node: ast.AST) -> set[str]:
+        if isinstance(node, ast.Import):
+            return {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            return {(node.module or "").split(".")[0]}
+        return set()
+
+    users = [
+        relative(p)
+        for p in SOURCES
+        for node in ast.walk(ast.parse(p.read_text()))
+        if imported(node) & {"pickle", "dill", "cloudpickle", "joblib", "marshal"}
+    ]
+    assert users == []
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?<![\w./$}])/(work|home|root|Users|mnt|data)/\w",
+        r"\bpypi\.org|pythonhosted\.org|registry\.npmjs|huggingface\.co|docker\.io|ghcr\.io",
+        r"\b(localhost|127\.0\.0\.1|10\.\d+\.\d+\.\d+|192\.168\.\d+\.\d+):\d+/simple",
+    ],
+    ids=["machine paths", "registries", "mirrors"],
+)
+def test_nothing_is_tied_to_a_machine(pattern: str) -> None:
+    checked = [p for p in TEXTS if p.relative_to(ROOT).parts[0] in {"spo", "jobs", "tune_configs"}]
+    found = [
+        f"{relative(path)}:{number}: {line.strip()[:80]}"
+        for path in checked
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+    assert found == []
+
+
+def test_nothing_is_left_to_do() -> None:
+    marks = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError)\b")
+    found = [
+        f"{relative(path)}:{number}"
+        for path in TEXTS
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
+        if marks.search(line)
+    ]
+    assert found == []
+
+
+def test_errors_are_raised_with_one_message() -> None:
+    """Ray pickles exceptions by their arguments; ours carry exactly one, the message."""
+    kinds = {
+        node.name
+        for node in ast.parse((ROOT / "spo" / "errors.py").read_text()).body
+        if isinstance(node, ast.ClassDef)
+    }
+    wrong = [
+        f"{relative(path)}:{node.lineno}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in kinds
+        and (len(node.args) != 1 or node.keywords)
+    ]
+    assert wrong == []
+
+
+def test_errors_are_defined_in_one_place() -> None:
+    """Private control-flow exceptions aside, nobody invents an error that others cannot import."""
+    elsewhere = [
+        f"{relative(path)}: {node.name}"
+        for path in SOURCES
+        if path.name != "errors.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and not node.name.startswith("_")
+        and any(
+            isinstance(b, ast.Name) and b.id.endswith(("Error", "Exception")) for b in node.bases
+        )
+    ]
+    assert elsewhere == []
