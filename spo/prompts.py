@@ -50,10 +50,11 @@ def read_contrast(path: Path) -> tuple[list[tuple[Side, Prompt]], list[Quarantin
     bad: list[QuarantinedRow] = []
     for where, row in _rows(path):
         try:
+            _refuse_broken(row)
             side = _enum(Side, row.pop("side", None), "side")
             kind = PromptKind.HARM if side is Side.HARM else PromptKind.BENIGN
-            row = {"format": "plain", **row, "prompt_id": row.pop("id", where), "kind": kind.value}
-            rows.append((side, _prompt(row, path.parent)))
+            fixed = {"prompt_id": row.pop("id", where), "kind": kind.value}
+            rows.append((side, _prompt({"format": "plain", **row, **fixed}, path.parent)))
         except DataError as error:
             bad.append(QuarantinedRow(row_id=where, reason=str(error)))
     for side in Side:
@@ -88,9 +89,13 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row if isinstance(row, dict) else {"_error": "expected a JSON object"}
 
 
-def _prompt(row: dict[str, Any], folder: Path) -> Prompt:
+def _refuse_broken(row: dict[str, Any]) -> None:
     if "_error" in row:
         raise DataError(row["_error"])
+
+
+def _prompt(row: dict[str, Any], folder: Path) -> Prompt:
+    _refuse_broken(row)
     missing = [name for name in _REQUIRED if name not in row]
     unknown = sorted(set(row) - set(_NAMES))
     if missing or unknown:

@@ -130,7 +130,7 @@ class PixelSpace:
         return levels.clamp(0, 255) / 255
 
 
-def universal_pgd(  # noqa: PLR0913 - the goal is three things, the way there five
+def universal_pgd(
     engine: HfEngine,
     image: Image.Image,
     *,

@@ -82,8 +82,8 @@ class Capture:
     """Number of pooled positions."""
 
 
-class Engine(Protocol):
-    """A frozen model with steering. Implementations: `HfEngine`, `VllmEngine`, `FakeEngine`."""
+class Sampler(Protocol):
+    """The part of an engine that a pool of engines offers as well."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -103,6 +103,10 @@ class Engine(Protocol):
     def logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float]]:
         """Natural-log probability of each answer token, in order."""
         ...
+
+
+class Engine(Sampler, Protocol):
+    """A frozen model with steering. Implementations: `HfEngine`, `VllmEngine`, `FakeEngine`."""
 
     def capture(self, requests: Sequence[CaptureRequest]) -> list[Capture]:
         """Pooled activations, in order."""

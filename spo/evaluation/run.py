@@ -4,14 +4,13 @@ In: an engine that holds the defences' vectors, prompt sets (the conditions), a 
 the reward model. Out: an `EvaluationReport`. Same prompts and same seeds under every defence, so
 differences are paired. A steered answer without a matching receipt stops the evaluation; a row that
 cannot be used is quarantined with its reason and left out of the means. This package makes no
-attacks and knows no data set: what an answer should say comes in through `Instruments.checks`.
+attacks and knows no data set: what an answer should say comes in through `checks`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from spo.algorithms.metrics import bootstrap_interval, paired_interval
 from spo.config import EvaluateConfig
@@ -82,32 +81,45 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
     total = len(defences) * sum(len(part.prompts) * part.samples for part in usable)
     done = 0
     for defence, spec in defences.items():
-        hashes: set[str] = set()
-        for prompt_set in usable:
-            requests = _requests(prompt_set, defence, spec, seed)
-            rollouts = _generate(engine, requests, prompt_set.condition, kept_out)
-            hashes |= {_confirmed_hash(rollout, defence, spec) for rollout in rollouts}
-            if len(hashes) > 1:
-                raise SteeringError(
-                    f"defence {defence!r}: expected one vector behind all answers, the receipts "
-                    f"name {sorted(h[:12] for h in hashes)}; publish one version and evaluate again"
-                )
-            rows = Rows(prompt_set=prompt_set, defence=defence, rollouts=tuple(rollouts))
+        for rows in _answered(engine, defence, spec, usable, seed=seed, kept_out=kept_out):
             answers += measure(engine, rows, instruments, kept_out)
-            done += len(requests)
+            done += len(rows.prompt_set.prompts) * rows.prompt_set.samples
             if progress:
-                progress(done, total, f"{prompt_set.condition} / {defence}")
+                progress(done, total, f"{rows.prompt_set.condition} / {defence}")
     if not answers:
         raise DataError(
             f"no answer could be measured: {len(kept_out.reasons)} rows are quarantined, the first "
             f"because: {next(iter(kept_out.reasons.values()), 'there were no prompts')}"
         )
     return EvaluationReport(
-        cells=cells_of(answers, config.bootstrap, seed),
+        cells=_cells(answers, config.bootstrap, seed),
         answers=tuple(answers),
         judge=judge.name,
         quarantined=kept_out.rows(),
     )
+
+
+def _answered(
+    engine: Engine,
+    defence: str,
+    spec: SteeringSpec | None,
+    prompt_sets: Sequence[PromptSet],
+    *,
+    seed: int,
+    kept_out: Quarantine,
+) -> Iterator[Rows]:
+    """Each set's answers under one defence, all confirmed to come from one and the same vector."""
+    hashes: set[str] = set()
+    for prompt_set in prompt_sets:
+        requests = _requests(prompt_set, defence, spec, seed)
+        rollouts = _generate(engine, requests, prompt_set.condition, kept_out)
+        hashes |= {_confirmed_hash(rollout, defence, spec) for rollout in rollouts}
+        if len(hashes) > 1:
+            raise SteeringError(
+                f"defence {defence!r}: expected one vector behind all answers, the receipts name "
+                f"{sorted(found[:12] for found in hashes)}; publish one version and evaluate again"
+            )
+        yield Rows(prompt_set=prompt_set, defence=defence, rollouts=tuple(rollouts))
 
 
 def _check_plan(
@@ -202,7 +214,7 @@ def _confirmed_hash(rollout: Rollout, defence: str, spec: SteeringSpec | None) -
     return receipt.sha256
 
 
-def cells_of(
+def _cells(
     answers: Sequence[EvaluatedAnswer], bootstrap: int, seed: int
 ) -> tuple[EvaluationCell, ...]:
     grouped: dict[tuple[str, str], list[EvaluatedAnswer]] = {}

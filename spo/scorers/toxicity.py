@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from pickle import UnpicklingError  # what torch.load raises for a file that is not plain
 from typing import Protocol
 
 import numpy as np
@@ -222,10 +223,18 @@ def hashed_features(texts: Sequence[str]) -> csr_matrix:
     Both halves are lower-cased, of unit length, and need no vocabulary.
     """
     words = HashingVectorizer(
-        ngram_range=(1, 2), n_features=_WORD_BUCKETS, token_pattern=r"(?u)\b\w+\b"
+        ngram_range=(1, 2),
+        n_features=_WORD_BUCKETS,
+        token_pattern=r"(?u)\b\w+\b",
+        binary=True,
+        alternate_sign=False,
     )
     letters = HashingVectorizer(
-        analyzer="char_wb", ngram_range=(3, 5), n_features=_LETTER_BUCKETS
+        analyzer="char_wb",
+        ngram_range=(3, 5),
+        n_features=_LETTER_BUCKETS,
+        binary=True,
+        alternate_sign=False,
     )
     return hstack([words.transform(texts), letters.transform(texts)], format="csr")
 
@@ -257,8 +266,8 @@ def _load_detoxify(checkpoint: str | Path | None, model_type: str, device: str) 
 def _check_plain(path: Path) -> None:
     """Refuse a checkpoint that would run code: Detoxify itself loads without that guard."""
     try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
         raise ScorerError(
             f"expected a checkpoint of plain tensors and dictionaries at {path}, got: {error}; "
             "re-save it with tensors, dictionaries, lists, strings and numbers only"

@@ -18,6 +18,7 @@ import numpy as np
 
 from spo.algorithms.rewards import reward_of
 from spo.config import RewardConfig, RolloutConfig, SteeringConfig
+from spo.engines.base import Sampler
 from spo.errors import DataError, StageError
 from spo.records import (
     Batch,
@@ -34,14 +35,6 @@ from spo.vector import SteeringVector
 
 VECTOR_NAME = "spo"
 _KEPT_BATCHES = 2
-
-
-class Generator(Protocol):
-    """What the coordinator needs of an engine or a pool of engines."""
-
-    def publish(self, name: str, vector: SteeringVector, version: int) -> str: ...
-
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[Rollout]: ...
 
 
 class Scorer(Protocol):
@@ -68,7 +61,7 @@ class Coordinator:
         self,
         prompts: Sequence[Prompt],
         *,
-        rollouts: Generator,
+        rollouts: Sampler,
         scorer: Scorer,
         steering: SteeringConfig,
         rollout: RolloutConfig,

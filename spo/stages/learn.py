@@ -311,9 +311,10 @@ def _worker(train_loop_config: Mapping[str, Any]) -> None:
 
     def next_batch(step: int, vector: SteeringVector) -> Batch:
         try:
-            return ray.get(
+            batch: Batch = ray.get(
                 coordinator.batch.remote(step, vector.to_bytes()), timeout=settings.batch_timeout_s
             )
+            return batch
         except ray.exceptions.GetTimeoutError as error:
             raise StageError(
                 f"waited {settings.batch_timeout_s:.0f} s for the rollouts of step {step}; the "

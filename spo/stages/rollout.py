@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -72,7 +73,7 @@ class EngineActor:
 
 
 class RolloutPool:
-    """Spreads requests over engine actors; implements the engine protocol without `capture`.
+    """Spreads requests over engine actors; implements `spo.engines.base.Sampler`.
 
     Args:
         actors: handles of `EngineActor`s.
@@ -172,7 +173,7 @@ class RolloutPool:
         pending = {i: call(self._actors[i], share) for i, share in enumerate(shares) if share}
         results: list[Any] = [None] * len(requests)
         for i, reference in pending.items():
-            answers = self._finish(i, reference, lambda actor, i=i: call(actor, shares[i]))
+            answers = self._finish(i, reference, partial(_send_share, call, shares[i]))
             for position, answer in zip(range(i, len(requests), count), answers, strict=True):
                 results[position] = answer
         return results
@@ -207,3 +208,9 @@ class RolloutPool:
                 ray.get(reference, timeout=self._timeout_s)
             except (ActorDiedError, ActorUnavailableError):
                 return  # not back yet: the next attempt tries again
+
+
+def _send_share(
+    call: Callable[[Any, list[_Request]], Any], share: list[_Request], actor: Any
+) -> Any:
+    return call(actor, share)

@@ -3,7 +3,7 @@
 import argparse
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 DEFAULT_CACHE = "~/.cache/spo-vlm/testbed"
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--data", type=Path, required=True, help="folder of labelled text")
     for command in (toxicity, judge, alignment, vlm, everything):
         command.add_argument("--out", type=Path, required=True, help="folder for the weights")
-    for command in (toxicity, alignment, vlm, everything):
+    for command in (toxicity, alignment, everything):
         command.add_argument("--device", default="cpu", help="torch device, such as cuda")
     for command in (toxicity, everything):
         command.add_argument("--base", type=Path, help="MiniLM folder instead of the package's")
@@ -62,30 +62,37 @@ def _parser() -> argparse.ArgumentParser:
 def _assemble(arguments: argparse.Namespace) -> None:
     """Put the embedded models together in the cache folder and print where they are."""
     from spo.testbed.alignment import assemble_alignment
-    from spo.testbed.model import assemble_vlm
+    from spo.testbed.model import assemble
     from spo.testbed.toxicity import assemble_toxicity
 
-    print(assemble_vlm(arguments.cache))
-    print(assemble_toxicity(arguments.cache))
-    print(assemble_alignment(arguments.cache))
+    cache = arguments.cache.expanduser()
+    for put_together in (assemble, assemble_toxicity, assemble_alignment):
+        print(put_together(cache))
 
 
 def _measure(arguments: argparse.Namespace) -> None:
     """Measure the embedded models on unseen scenes (and on RealToxicityPrompts, if given)."""
     from spo.testbed.measure_scorers import measure_alignment, measure_toxicity
 
-    figures: dict[str, dict[str, float]] = {}
+    cache = arguments.cache.expanduser()
+    figures: dict[str, object] = {}
     if not arguments.skip_vlm:
+        from spo.scorers.toxicity import ToxicityScorer, as_array
         from spo.testbed.measure import measure_vlm
-        from spo.testbed.model import assemble_vlm
+        from spo.testbed.model import assemble
+        from spo.testbed.toxicity import assemble_toxicity
 
-        folder = assemble_vlm(arguments.cache)
-        figures["vlm"] = measure_vlm(folder, scenes=arguments.scenes, seed=arguments.seed)
-    figures["alignment"] = measure_alignment(arguments.cache, arguments.scenes, arguments.seed)
-    figures["toxicity"] = measure_toxicity(arguments.cache, arguments.rtp)
-    for part, values in figures.items():
-        for name, value in values.items():
-            print(f"{part:10} {name:42} {value:10.4f}")
+        scorer = ToxicityScorer(checkpoint=assemble_toxicity(cache))
+        figures["vlm"] = measure_vlm(
+            assemble(cache),
+            arguments.scenes,
+            arguments.seed,
+            toxicity=lambda texts: as_array(scorer.score(texts)).tolist(),
+        )
+    figures["alignment"] = measure_alignment(cache, arguments.scenes, arguments.seed)
+    figures["toxicity"] = measure_toxicity(cache, arguments.rtp)
+    for name, value in _flat(figures):
+        print(f"{name:60} {value}")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -127,9 +134,9 @@ def _train_alignment(arguments: argparse.Namespace) -> None:
 
 def _train_vlm(arguments: argparse.Namespace) -> None:
     """Train the vision tower, projector and adapter of the vision-language model."""
-    from spo.testbed.training.vlm import train_vlm
+    from spo.testbed.training.vlm import VlmTraining, train
 
-    print(train_vlm(arguments.out, device=arguments.device))
+    print(train(VlmTraining(out=arguments.out)))
 
 
 def _train_all(arguments: argparse.Namespace) -> None:
@@ -138,6 +145,15 @@ def _train_all(arguments: argparse.Namespace) -> None:
     _train_judge(arguments)
     _train_alignment(arguments)
     _train_vlm(arguments)
+
+
+def _flat(figures: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested figures as (dotted name, value) rows."""
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

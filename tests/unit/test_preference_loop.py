@@ -42,7 +42,9 @@ class BrokenScorer:
 def prompts() -> list[Prompt]:
     return [
         Prompt(
-            prompt_id=f"{kind.value}{i}", text=f"{kind.value} {i}", kind=kind,
+            prompt_id=f"{kind.value}{i}",
+            text=f"{kind.value} {i}",
+            kind=kind,
             format=PromptFormat.PLAIN,
         )
         for kind in PromptKind
@@ -61,7 +63,9 @@ def start_vector(engine: FakeEngine, seed: int = 0) -> SteeringVector:
     )
 
 
-def coordinator(engine: FakeEngine, scorer: object = None, history: Path | None = None) -> Coordinator:
+def coordinator(
+    engine: FakeEngine, scorer: object = None, history: Path | None = None
+) -> Coordinator:
     return Coordinator(
         prompts(),
         rollouts=engine,
@@ -76,7 +80,11 @@ def coordinator(engine: FakeEngine, scorer: object = None, history: Path | None 
 
 def learner(engine: FakeEngine, objective: str = "rloo") -> VectorLearner:
     config = LearnConfig(
-        objective=objective, learning_rate=0.2, kl_weight=0.01, kl_weight_harm=0.0, beta=0.5,
+        objective=objective,
+        learning_rate=0.2,
+        kl_weight=0.01,
+        kl_weight_harm=0.0,
+        beta=0.5,
         max_grad_norm=100.0,
     )
     return VectorLearner(engine, start_vector(engine), steering=STEERING, config=config)
@@ -117,7 +125,9 @@ def test_same_seed_gives_the_same_vector() -> None:
         engine = FakeEngine()
         results.append(
             train(
-                learner(engine), coordinator(engine).batch, steps=range(4),
+                learner(engine),
+                coordinator(engine).batch,
+                steps=range(4),
                 after_step=lambda *_: None,
             ).sha256
         )
@@ -136,7 +146,9 @@ def test_interrupted_run_ends_with_the_same_vector(tmp_path: Path) -> None:
     engine = FakeEngine()
     second = learner(engine)
     resumed = train(
-        second, coordinator(engine).batch, steps=range(second.restore(tmp_path), 6),
+        second,
+        coordinator(engine).batch,
+        steps=range(second.restore(tmp_path), 6),
         after_step=lambda *_: None,
     )
     assert resumed.sha256 == whole.sha256
@@ -195,6 +207,11 @@ def test_training_without_benign_prompts_is_refused() -> None:
     harmful = [p for p in prompts() if p.kind is PromptKind.HARM]
     with pytest.raises(DataError, match="needs harmful and benign prompts, got 6 and 0"):
         Coordinator(
-            harmful, rollouts=FakeEngine(), scorer=WordScorer(), steering=STEERING,
-            rollout=RolloutConfig(), reward=RewardConfig(), seed=0,
+            harmful,
+            rollouts=FakeEngine(),
+            scorer=WordScorer(),
+            steering=STEERING,
+            rollout=RolloutConfig(),
+            reward=RewardConfig(),
+            seed=0,
         )
