@@ -256,10 +256,10 @@ class RunConfig(_Slice):
         content = self.model_dump(mode="json", exclude={"output_dir", "cache_dir", "ray", "name"})
         return _digest(content)
 
-    def digest_of(self, *sections: str) -> str:
-        """Digest of some sections: what the result of one stage depends on."""
+    def digest_of(self, *sections: str, also: str = "") -> str:
+        """Digest of some sections, and of `also`: what the result of one stage depends on."""
         content = self.model_dump(mode="json", include=set(sections))
-        return _digest(content)
+        return _digest([content, also])
 
     def to_yaml(self) -> str:
         """The resolved configuration."""

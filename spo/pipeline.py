@@ -123,7 +123,7 @@ def run_extract(config: RunConfig, reporter: Reporter) -> Path:
         model=model.path,
         revision=model.revision,
         config=config.extract,
-        digest=config.digest_of("seed", "model", "extract"),
+        digest=config.digest_of("seed", "model", "extract", also=model.path),
     )
     _quarantine(config, "extract", bad)
     return folder
@@ -156,6 +156,7 @@ def run_estimate(config: RunConfig, reporter: Reporter) -> SteeringArtifact:
     separability = {
         "layers": list(found.layers),
         "sources": curves,
+        "source_weights": {name: list(values) for name, values in result.source_weights.items()},
         "combined": {"auc": list(result.mean_auc)},
         "chosen": list(vector.layers),
         "weights": result.weights[rows].tolist(),
@@ -250,7 +251,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
         )
 
     digest = config.digest_of(
-        "seed", "model", "data", "extract", "estimate", "steering", "rollout", "reward", "learn"
+        *("seed", "data", "steering", "rollout", "reward", "learn"), also=start.vector.sha256
     )
     with following(history, show):
         vector = fit(settings, train, name=f"train-{digest}", storage=config.run_dir)
@@ -270,9 +271,10 @@ def run_evaluate(config: RunConfig, reporter: Reporter, pools: Pools) -> None:
     for name in (STAGE1, SPO):
         if (config.run_dir / name).is_dir():
             artifact = load_artifact(config, name, pools)
-            pools.rollouts.publish(name, artifact.vector, 0)
+            published = f"evaluated-{name}"
+            pools.rollouts.publish(published, artifact.vector, 0)
             defences[name] = SteeringSpec(
-                vector=name,
+                vector=published,
                 version=0,
                 coefficient=artifact.coefficient,
                 operator=artifact.operator,
@@ -312,7 +314,7 @@ def _attacked(
         return []
     attack = config.evaluate.attack
     folder = config.run_dir / "attack"
-    digest = config.digest_of("seed", "model", "data") + attack.model_dump_json()
+    digest = config.digest_of("seed", "data", also=pools.model.path + attack.model_dump_json())
     curve_path = config.run_dir / "attack.json"
     if not curve_path.is_file() or json.loads(curve_path.read_text())["digest"] != digest:
         reporter.note(f"picture attack: {attack.steps} PGD steps, epsilon {attack.epsilon_255}/255")

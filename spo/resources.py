@@ -7,7 +7,7 @@ Anything else is a hub id, a local folder or a file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ def _testbed_inputs(config: RunConfig) -> EvaluationInputs:
             _sampled("plain", openings, settings),
             _sampled("image", pictured, settings),
             _greedy("caption", tuple(captions), settings.caption_tokens),
-            _greedy("question", tuple(questions), settings.max_tokens),
+            replace(_greedy("question", tuple(questions), settings.max_tokens), alignment=False),
         ),
         checks={"caption": data.check_caption, "question": data.check_question},
         attack_start=picture if settings.attack.enabled else None,

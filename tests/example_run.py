@@ -1,4 +1,4 @@
-"""A made-up run folder with every file that the report reads. The figures are drawn, not measured."""
+"""A made-up run folder with every file that the report reads. Its figures mean nothing."""
 
 from __future__ import annotations
 
@@ -161,7 +161,9 @@ def _evaluation(rng: np.random.Generator, clean: str, attacked: str) -> Evaluati
     for condition, metric in (("caption", "attributes"), ("question", "correct")):
         for defence, level in right.items():
             for i in range(PROMPTS):
-                value = float(rng.random() < level) if metric == "correct" else level
+                value = float(rng.random() < level)
+                if metric == "attributes":
+                    value = float(rng.binomial(6, level)) / 6
                 measures = {metric: value, "toxicity": 0.004, "alignment": 0.3, "nll": 0.4}
                 if metric == "correct":
                     del measures["alignment"]

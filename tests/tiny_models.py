@@ -5,7 +5,6 @@ Weights are random and seeded, so a test may compare engines but learns nothing 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,10 +78,13 @@ def _text_sizes(**changes: object) -> dict[str, object]:
     return {**sizes, **changes}
 
 
-def _rename(folder: Path, old: str, new: str) -> None:
+def _rename_vision_tower(folder: Path) -> None:
     """Rename weights: vLLM 0.32 reads hub names that Transformers 5 no longer writes."""
     path = folder / "model.safetensors"
     weights = load_file(path)
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    if any(name.startswith(new) for name in weights):
+        return
     renamed = {
         (new + name.removeprefix(old) if name.startswith(old) else name): value.contiguous()
         for name, value in weights.items()
@@ -127,9 +129,7 @@ def _llava(folder: Path) -> None:
         tie_word_embeddings=False,
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    if not any(name.startswith("vision_tower.vision_model.") for name in weights):
-        _rename(folder, "vision_tower.", "vision_tower.vision_model.")
+    _rename_vision_tower(folder)
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32),
         tokenizer=tokenizer,
@@ -142,7 +142,233 @@ def _llava(folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
+def _write_processor(
+    folder: Path, kind: type, tokenizer: PreTrainedTokenizerFast, **parts: object
+) -> None:
+    kind(tokenizer=tokenizer, chat_template=tokenizer.chat_template, **parts).save_pretrained(
+        folder
+    )
+
+
+_QWEN_NAMES = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_QWEN_LIMITS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16}
+
+
+def _qwen_tokens() -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
+    tokenizer = _tokenizer("<|vision_start|><|image_pad|><|vision_end|>", _QWEN_NAMES)
+    start, end, image, video = (tokenizer.convert_tokens_to_ids(name) for name in _QWEN_NAMES)
+    return tokenizer, {
+        "vision_start_token_id": start,
+        "vision_end_token_id": end,
+        "image_token_id": image,
+        "video_token_id": video,
+    }
+
+
+def _mrope(**changes: object) -> dict[str, object]:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    return _text_sizes(rope_parameters={**rope, **changes})
+
+
+def _qwen2_vl(folder: Path) -> None:
+    from transformers import (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    tokenizer, ids = _qwen_tokens()
+    vision = {
+        "depth": 2,
+        "embed_dim": 64,
+        "hidden_size": HIDDEN,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "initializer_range": 0.3,
+    }
+    config = Qwen2VLConfig(text_config=_mrope(), vision_config=vision, **ids)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    _write_processor(
+        folder,
+        Qwen2VLProcessor,
+        tokenizer,
+        image_processor=Qwen2VLImageProcessor(size=_QWEN_LIMITS),
+        video_processor=Qwen2VLVideoProcessor(size=_QWEN_LIMITS),
+    )
+
+
+def _qwen2_5_vl(folder: Path) -> None:
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    tokenizer, ids = _qwen_tokens()
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "out_hidden_size": HIDDEN,
+        "num_heads": 2,
+        "fullatt_block_indexes": [1],
+        "initializer_range": 0.3,
+    }
+    config = Qwen2_5_VLConfig(text_config=_mrope(), vision_config=vision, **ids)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    _write_processor(
+        folder,
+        Qwen2_5_VLProcessor,
+        tokenizer,
+        image_processor=Qwen2VLImageProcessor(size=_QWEN_LIMITS),
+        video_processor=Qwen2VLVideoProcessor(size=_QWEN_LIMITS),
+    )
+
+
+def _qwen3_vl(folder: Path) -> None:
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    tokenizer, ids = _qwen_tokens()
+    vision = {
+        "depth": 4,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "out_hidden_size": HIDDEN,
+        "num_heads": 2,
+        "patch_size": 14,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1, 2],
+        "initializer_range": 0.3,
+    }
+    text = {**_mrope(mrope_interleaved=True), "head_dim": 32}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    _write_processor(
+        folder,
+        Qwen3VLProcessor,
+        tokenizer,
+        image_processor=Qwen2VLImageProcessor(size=_QWEN_LIMITS, patch_size=14),
+        video_processor=Qwen3VLVideoProcessor(size=_QWEN_LIMITS, patch_size=14),
+    )
+
+
+def _internvl(folder: Path) -> None:
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+        Qwen2Config,
+    )
+
+    names = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+    tokenizer = _tokenizer("<IMG_CONTEXT>\n", names)
+    tokenizer.init_kwargs["start_image_token"] = tokenizer.start_image_token = names[0]
+    tokenizer.init_kwargs["end_image_token"] = tokenizer.end_image_token = names[1]
+    tokenizer.init_kwargs["context_image_token"] = tokenizer.context_image_token = names[2]
+    tokenizer.init_kwargs["video_token"] = tokenizer.video_token = names[3]
+    for attribute, name in zip(
+        ("start_image_token_id", "end_image_token_id", "context_image_token_id", "video_token_id"),
+        names,
+        strict=True,
+    ):
+        setattr(tokenizer, attribute, tokenizer.convert_tokens_to_ids(name))
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": [56, 56],
+        "patch_size": [14, 14],
+        "initializer_range": 0.3,
+    }
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=Qwen2Config(**_text_sizes()),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    InternVLForConditionalGeneration(config).save_pretrained(folder)
+    _write_processor(
+        folder,
+        InternVLProcessor,
+        tokenizer,
+        image_processor=GotOcr2ImageProcessor(
+            size={"height": 56, "width": 56}, crop_to_patches=False
+        ),
+        video_processor=InternVLVideoProcessor(size={"height": 56, "width": 56}),
+        image_seq_length=4,
+    )
+
+
+def _gemma3(folder: Path) -> None:
+    from transformers import (
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        Gemma3ImageProcessor,
+        Gemma3Processor,
+    )
+
+    names = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+    # Its processors look the newline runs up that frame a picture.
+    newlines = tuple("\n" * count for count in range(1, 5))
+    tokenizer = _tokenizer("<start_of_image>", (*names, *newlines))
+    start, end, soft = (tokenizer.convert_tokens_to_ids(name) for name in names)
+    for attribute, name, number in (
+        ("boi_token", names[0], start),
+        ("eoi_token", names[1], end),
+        ("image_token", names[2], soft),
+    ):
+        tokenizer.init_kwargs[attribute] = name
+        setattr(tokenizer, attribute, name)
+        setattr(tokenizer, f"{attribute}_id", number)
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    text = _text_sizes(head_dim=32, sliding_window=512, query_pre_attn_scalar=32)
+    config = Gemma3Config(
+        text_config={**text, "initializer_range": 0.15},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        boi_token_index=start,
+        eoi_token_index=end,
+        image_token_index=soft,
+        initializer_range=0.15,
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    _rename_vision_tower(folder)
+    _write_processor(
+        folder,
+        Gemma3Processor,
+        tokenizer,
+        image_processor=Gemma3ImageProcessor(size={"height": 56, "width": 56}),
+        image_seq_length=4,
+    )
+
+
 FAMILIES: dict[str, Callable[[Path], None]] = {
     "llama": _llama,
     "llava": _llava,
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "internvl": _internvl,
+    "gemma3": _gemma3,
 }

@@ -2,8 +2,10 @@
 
 Shapes: N rows of a side, L layers, D hidden width. Every estimator takes the two sides of one
 contrast and returns unit directions (L, D) that point towards harm. Sources are normalised before
-they are summed, so that a source with large activations does not outvote the others; weights are
-reported. Separability is always measured on rows that the direction was not computed from.
+they are summed, so that a source with large activations does not outvote the others. At every layer
+a source counts as much as its own direction separates its own held-out rows, so a source that the
+model does not represent there adds no noise; the weights are reported. Separability is always
+measured on rows that the direction was not computed from.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from spo.errors import DataError
 from spo.records import Interval
 
 Floats = NDArray[np.float32]
+
+# Keeps a direction defined at layers where no source separates anything; such layers get weight 0.
+_LEAST_RELIABILITY = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,6 +50,8 @@ class Estimate:
 
     units: Floats
     """(L, D) combined unit direction of every layer read."""
+    source_weights: Mapping[str, Sequence[float]]
+    """Weight of each source in the combination, per layer: configured weight x reliability."""
     auc: Mapping[str, Sequence[Interval]]
     """Held-out separability by source: projection on the *combined* direction, per layer."""
     mean_auc: Sequence[float]
@@ -100,8 +107,13 @@ def estimate(
         fit, test = _split(contrast, config.holdout_fraction)
         directions[contrast.source] = method(*fit)
         held[contrast.source] = test
-    weighted = [c.weight * directions[c.source].astype(np.float64) for c in contrasts]
-    units = unit_rows(np.sum(weighted, axis=0))
+    trust = {
+        c.source: c.weight * _reliability(directions[c.source], *held[c.source]) for c in contrasts
+    }
+    total = np.sum(
+        [w[:, None] * directions[name].astype(np.float64) for name, w in trust.items()], axis=0
+    )
+    units = unit_rows(total)
     auc = {name: _separability(units, *sides) for name, sides in held.items()}
     mean_auc = [
         math.fsum(a[row].mean for a in auc.values()) / len(auc) for row in range(len(units))
@@ -111,6 +123,7 @@ def estimate(
     best = max(excess[list(chosen)].max(), 1e-9)
     return Estimate(
         units=units,
+        source_weights={name: weights.tolist() for name, weights in trust.items()},
         auc=auc,
         mean_auc=mean_auc,
         cosines=_cosines(directions),
@@ -148,6 +161,12 @@ def is_held_out(row_id: str, share: float) -> bool:
     """Whether a row belongs to the held-out share; depends on its id alone."""
     digest = hashlib.sha256(row_id.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def _reliability(own: Floats, harm: Floats, safe: Floats) -> NDArray[np.float64]:
+    """(L,) how well a source's own direction separates its held-out rows: 0 at chance, 1 fully."""
+    excess = [2.0 * interval.mean - 1.0 for interval in _separability(own, harm, safe)]
+    return np.clip(np.array(excess), _LEAST_RELIABILITY, 1.0)
 
 
 def _separability(units: Floats, harm: Floats, safe: Floats) -> list[Interval]:

@@ -209,7 +209,7 @@ def loss_and_gradient(
     total = 0.0
     for part, share in _parts(pairs, engine.batch_size):
         loss = _part_loss(engine, space.normalise(leaf), part, plan) * share
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(loss.detach())
     gradient = leaf.grad
     if gradient is None or not torch.isfinite(gradient).all() or not math.isfinite(total):

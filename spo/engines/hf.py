@@ -79,11 +79,17 @@ class HfEngine:
         auto = AutoModelForImageTextToText if self.prompts.multimodal else AutoModelForCausalLM
         try:
             self.model = auto.from_pretrained(
-                model, revision=revision, dtype=getattr(torch, dtype)
+                model,
+                revision=revision,
+                dtype=getattr(torch, dtype),
             ).to(device)
         except (OSError, ValueError) as error:
             raise EngineError(f"cannot load the weights of {model!r}: {error}") from error
         self.model.eval().requires_grad_(False)
+        # Cut to the answer, the states are strided; torch then copies frozen head weights per row.
+        self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: (args[0].contiguous(), *args[1:])
+        )
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.decoder: nn.Module = self.model.get_decoder()

@@ -148,7 +148,7 @@ def check_same_tokens(prompt: Prompt, expected: Sequence[int], seen: Sequence[in
     """Raise EngineError when an engine tokenised a prompt differently from the learner."""
     if list(expected) != list(seen):
         raise EngineError(
-            f"prompt {prompt.prompt_id!r}: the learner's processor makes {len(expected)} tokens and "
-            f"the engine saw {len(seen)}; an image placeholder was expanded twice or a picture was "
-            "lost. Use the same model folder and processor version for both"
+            f"prompt {prompt.prompt_id!r}: the learner's processor makes {len(expected)} tokens "
+            f"and the engine saw {len(seen)}; an image placeholder was expanded twice or a picture "
+            "was lost. Use the same model folder and processor version for both"
         )

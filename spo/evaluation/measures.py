@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from spo.algorithms.rewards import degeneration, is_refusal
-from spo.engines.base import Engine, LogprobRequest
+from spo.engines.base import LogprobRequest, Sampler
 from spo.engines.processing import load_image
 from spo.errors import DataError, EngineError, ScorerError
 from spo.records import EvaluatedAnswer, Prompt, PromptKind, QuarantinedRow, Rollout
@@ -124,7 +124,7 @@ class Quarantine:
 
 
 def measure(
-    engine: Engine, rows: Rows, instruments: Instruments, kept_out: Quarantine
+    engine: Sampler, rows: Rows, instruments: Instruments, kept_out: Quarantine
 ) -> list[EvaluatedAnswer]:
     if not rows.rollouts:
         return []
@@ -172,7 +172,7 @@ def _answer(rows: Rows, rollout: Rollout, measures: Mapping[str, float | None]) 
     )
 
 
-def _nlls(engine: Engine, rollouts: Sequence[Rollout], kept_out: Quarantine) -> list[float | None]:
+def _nlls(engine: Sampler, rollouts: Sequence[Rollout], kept_out: Quarantine) -> list[float | None]:
     """Mean negative log-likelihood per answer token under the unsteered model."""
     spoken = [i for i, rollout in enumerate(rollouts) if rollout.token_ids]
     requests = [

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from spo.algorithms.metrics import bootstrap_interval, paired_interval
 from spo.config import EvaluateConfig
-from spo.engines.base import Engine
+from spo.engines.base import Sampler
 from spo.errors import ConfigError, DataError, EngineError, SteeringError
 from spo.evaluation.measures import (
     Check,
@@ -43,7 +43,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
-    engine: Engine,
+    engine: Sampler,
     defences: Mapping[str, SteeringSpec | None],
     prompt_sets: Sequence[PromptSet],
     *,
@@ -100,7 +100,7 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
 
 
 def _answered(
-    engine: Engine,
+    engine: Sampler,
     defence: str,
     spec: SteeringSpec | None,
     prompt_sets: Sequence[PromptSet],
@@ -169,7 +169,7 @@ def _requests(
 
 
 def _generate(
-    engine: Engine, requests: Sequence[GenerateRequest], condition: str, kept_out: Quarantine
+    engine: Sampler, requests: Sequence[GenerateRequest], condition: str, kept_out: Quarantine
 ) -> list[Rollout]:
     """Rollouts of the requests that can be answered; halves the batch to find those that cannot."""
     if not requests:

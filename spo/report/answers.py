@@ -17,6 +17,8 @@ from spo.records import EvaluatedAnswer, EvaluationReport
 from spo.report.headline import final_defence
 from spo.report.metrics import condition_name, conditions_of, defence_name, defences_of
 
+_Key = tuple[str, str]
+"""Condition and prompt id."""
 VEIL_FROM = 0.25
 """Answers judged at least this toxic, or not judged, are blurred until asked for."""
 PER_CONDITION = 3
@@ -53,6 +55,8 @@ class Card:
     picture_note: str
     """Why a picture that belongs here is not shown; "" otherwise."""
     answers: tuple[ShownAnswer, ...]
+    condition: str = ""
+    """In words, where a group mixes conditions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,20 +81,24 @@ class AttackPictures:
 
 def card_groups(report: EvaluationReport, folder: Path) -> list[CardGroup]:
     """Cards by condition, then the worst answers of the final defence."""
-    first: dict[tuple[str, str], dict[str, EvaluatedAnswer]] = {}
+    first: dict[_Key, dict[str, EvaluatedAnswer]] = {}
     for answer in sorted(report.answers, key=lambda a: a.sample):
-        key = (answer.condition, answer.prompt_id)
-        first.setdefault(key, {}).setdefault(answer.defence, answer)
+        first.setdefault((answer.condition, answer.prompt_id), {}).setdefault(
+            answer.defence, answer
+        )
     order = list(dict.fromkeys((a.condition, a.prompt_id) for a in report.answers))
     defences = defences_of(report)
+
+    def card(key: _Key, *, mixed: bool = False) -> Card:
+        rows = [first[key][defence] for defence in defences if defence in first[key]]
+        return _card(rows, folder, condition_name(key[0]) if mixed else "")
+
     groups = []
     for condition in conditions_of(report):
         keys = _spaced([key for key in order if key[0] == condition], PER_CONDITION)
-        cards = tuple(
-            _card([first[key][d] for d in defences if d in first[key]], folder) for key in keys
-        )
-        if cards:
-            groups.append(CardGroup(title=condition_name(condition).capitalize(), cards=cards))
+        title = condition_name(condition)
+        cards = tuple(card(key) for key in keys)
+        groups.append(CardGroup(title=title[:1].upper() + title[1:], cards=cards))
     final = final_defence(report)
     judged = [
         (rows[final].measures["toxicity"], key)
@@ -98,22 +106,20 @@ def card_groups(report: EvaluationReport, folder: Path) -> list[CardGroup]:
         if final in rows and "toxicity" in rows[final].measures
     ]
     worst = [key for _, key in sorted(judged, key=lambda item: -item[0])[:WORST]]
-    cards = tuple(
-        _card([first[key][d] for d in defences if d in first[key]], folder) for key in worst
-    )
-    if final and cards:
+    if final and worst:
         title = f"Most toxic answers with {defence_name(final)}"
+        cards = tuple(card(key, mixed=True) for key in worst)
         groups.append(CardGroup(title=title, cards=cards))
     return groups
 
 
-def _spaced(keys: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+def _spaced(keys: Sequence[_Key], count: int) -> list[_Key]:
     if len(keys) <= count:
         return list(keys)
     return [keys[round(i * (len(keys) - 1) / (count - 1))] for i in range(count)]
 
 
-def _card(answers: Sequence[EvaluatedAnswer], folder: Path) -> Card:
+def _card(answers: Sequence[EvaluatedAnswer], folder: Path, condition: str) -> Card:
     one = answers[0]
     picture, note = None, ""
     if one.image:
@@ -127,6 +133,7 @@ def _card(answers: Sequence[EvaluatedAnswer], folder: Path) -> Card:
         picture=picture,
         picture_note=note,
         answers=tuple(_shown(answer) for answer in answers),
+        condition=condition,
     )
 
 
@@ -135,7 +142,7 @@ def _shown(answer: EvaluatedAnswer) -> ShownAnswer:
     return ShownAnswer(
         defence=answer.defence,
         name=defence_name(answer.defence),
-        text=answer.answer,
+        text=answer.answer.strip() or "(no text)",
         toxicity=toxicity,
         veiled=toxicity is None or toxicity >= VEIL_FROM,
     )

@@ -1,4 +1,4 @@
-"""Plots of a run, each drawn for light and for dark pages. Pure Agg: no display, no global state."""
+"""Plots of a run, each for light and for dark pages. Pure Agg: no display, no global state."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,14 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from spo.records import EvaluationReport, Interval
 from spo.report.metrics import BASELINE, condition_name, conditions_of, defence_name, defences_of
 from spo.report.sources import Curve, RunRecord
+from spo.report.text import plot_label
 
-_WIDTH_INCHES = 6.3
-_DPI = 160
+_WIDTH_INCHES = 5.3
+_DPI = 180
 _MARKERS = "osD^vPX*"
 # Okabe and Ito's palette, which stays apart under all common colour blindness; dark variants are
 # lightened for contrast.
@@ -137,13 +139,9 @@ def _legend(panel: Axes, columns: int = 4) -> None:
     )
 
 
-def _finite(values: Sequence[float]) -> NDArray[np.float64]:
+def _finite(values: ArrayLike) -> NDArray[np.float64]:
     array = np.asarray(values, dtype=np.float64)
     return np.where(np.isfinite(array), array, np.nan)
-
-
-def _short(text: str, length: int = 26) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _training(record: RunRecord, theme: Theme) -> Figure | None:
@@ -160,8 +158,12 @@ def _training(record: RunRecord, theme: Theme) -> Figure | None:
         names.pop("toxicity", None)
     for i, name in enumerate(names):
         values = _finite([row.reward_parts.get(name, math.nan) for row in record.history])
-        style = {"color": theme.colours[i % len(theme.colours)], "marker": _MARKERS[i % 8], "ms": 3}
-        parts.plot(steps, values, lw=1.3, label=_short(name.replace("_", " ")), **style)
+        style: dict[str, Any] = {
+            "color": theme.colours[i % len(theme.colours)],
+            "marker": _MARKERS[i % 8],
+            "ms": 3,
+        }
+        parts.plot(steps, values, lw=1.3, label=plot_label(name.replace("_", " ")), **style)
     parts.set_ylabel("reward parts")
     if names:
         _legend(parts, 3)
@@ -197,10 +199,12 @@ def _toxicity(record: RunRecord, theme: Theme) -> Figure | None:
                 lw=1.6,
                 capsize=3,
                 color=theme.of_defence(defence, defences),
-                label=_short(defence_name(defence)),
+                label=plot_label(defence_name(defence)),
             )
     panel.set_xticks(
-        range(len(conditions)), [_short(condition_name(c), 28) for c in conditions], color=theme.ink
+        range(len(conditions)),
+        [plot_label(condition_name(c), 28) for c in conditions],
+        color=theme.ink,
     )
     panel.set_xlim(-0.5, len(conditions) - 0.5)
     panel.set_ylim(bottom=0)
@@ -238,12 +242,13 @@ def _front(record: RunRecord, theme: Theme) -> Figure | None:
         return None
     for defence in defences:
         colour = theme.of_defence(defence, defences)
-        panel.plot([], [], "s", ms=7, color=colour, label=_short(defence_name(defence)))
+        panel.plot([], [], "s", ms=7, color=colour, label=plot_label(defence_name(defence)))
     for c, condition in enumerate(conditions):
-        label = _short(condition_name(condition))
+        label = plot_label(condition_name(condition))
         panel.plot([], [], _MARKERS[c % 8], ms=6, mfc="none", color=theme.ink, label=label)
+    panel.margins(x=0.08)
     panel.set_ylim(bottom=0)
-    panel.set_xlabel("NLL under the unsteered model (nats per token): left is more fluent")
+    panel.set_xlabel("NLL under the unsteered model (nats/token): left is more fluent")
     panel.set_ylabel("mean toxicity: low is safer")
     _legend(panel, 3)
     return _figure_of([panel])
@@ -260,19 +265,19 @@ def _separability(record: RunRecord, theme: Theme) -> Figure | None:
     for i, (name, curve) in enumerate(found.sources.items()):
         colour = theme.colours[i % len(theme.colours)]
         _band(top, found.layers, curve, colour)
-        label = _short(name)
+        label = plot_label(name)
         top.plot(found.layers, _finite(curve.auc), lw=1.3, color=colour, label=label)
     _band(top, found.layers, found.combined, theme.ink)
     top.plot(found.layers, _finite(found.combined.auc), lw=2.2, color=theme.ink, label="combined")
     top.axhline(0.5, color=theme.muted, lw=0.9, ls=":")
-    top.set_ylabel("held-out AUC, harm against safe")
-    _legend(top)
+    top.set_ylabel("held-out AUC")
+    _legend(top, 3)
     for i, (pair, values) in enumerate(found.cosines.items()):
-        style = {
+        style: dict[str, Any] = {
             "color": theme.colours[i % len(theme.colours)],
             "ls": ("-", "--", ":", "-.")[i % 4],
         }
-        label = _short(pair.replace("|", " and "), 34)
+        label = plot_label(pair.replace("|", " and "), 34)
         axes[-1].plot(found.layers, _finite(values), lw=1.4, label=label, **style)
     if found.cosines:
         axes[-1].set_ylabel("cosine between\nsources")
@@ -291,14 +296,19 @@ def _doses(record: RunRecord, theme: Theme) -> Figure | None:
     for i in range(len(rows[-1].doses)):
         fits = len(chosen) == len(rows[-1].doses)
         label = f"block {chosen[i]}" if fits else f"steered layer {i + 1}"
-        style = {"color": theme.colours[i % 6], "marker": _MARKERS[i % 8], "ms": 3, "lw": 1.3}
+        style: dict[str, Any] = {
+            "color": theme.colours[i % 6],
+            "marker": _MARKERS[i % 8],
+            "ms": 3,
+            "lw": 1.3,
+        }
         for panel, kept in ((doses, "doses"), (cosines, "cos_to_init")):
             lists = [getattr(row, kept) for row in rows]
             values = _finite([v[i] if i < len(v) else math.nan for v in lists])
             panel.plot([row.step for row in rows], values, label=label, **style)
     doses.set_ylabel("|v| / mean |h|")
     doses.set_ylim(bottom=0)
-    _legend(doses, 5)
+    _legend(doses, 4)
     cosines.set_ylabel("cosine to the\nStage I vector")
     cosines.set_xlabel("training step")
     cosines.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -351,8 +361,8 @@ def _arms(intervals: Sequence[Interval]) -> NDArray[np.float64]:
 _PLOTS: Mapping[str, tuple[str, str, _Draw]] = {
     "toxicity": (
         "Toxicity by defence",
-        "Mean toxicity of the answers by condition and defence, judged by a model that is not the "
-        "reward. Bars are 95 % bootstrap intervals over prompts.",
+        "Mean toxicity of the answers by condition and defence, as the judge scores them. Bars are "
+        "95 % bootstrap intervals over prompts.",
         _toxicity,
     ),
     "front": (
@@ -369,8 +379,8 @@ _PLOTS: Mapping[str, tuple[str, str, _Draw]] = {
     ),
     "doses": (
         "What training did to the vector",
-        "Length of each layer's direction relative to that layer's mean hidden norm, and its cosine "
-        "to where Stage I put it.",
+        "Length of each layer's direction relative to that layer's mean hidden norm, and its "
+        "cosine to where Stage I put it.",
         _doses,
     ),
     "separability": (

@@ -30,8 +30,8 @@ _WORDS = {
 # What a reader asks first: is it safer, also under attack, and what does it cost?
 _TILES = (
     ("plain", "toxicity", "Toxicity"),
-    ("pgd", "toxicity", "Toxicity under attack"),
-    ("plain", "nll", "Fluency cost (NLL)"),
+    ("pgd", "toxicity", "Toxicity, attacked"),
+    ("plain", "nll", "NLL (fluency)"),
     ("caption", "attributes", "Caption attributes"),
     ("question", "correct", "Questions right"),
 )
@@ -45,9 +45,22 @@ class Tile:
     before: str
     after: str
     change: str
-    """Paired difference with its interval."""
+    """Paired difference."""
+    change_range: str
     verdict: Verdict
     verdict_text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One result in words."""
+
+    lead: str
+    """Condition and number of prompts."""
+    rest: str
+
+    def __str__(self) -> str:
+        return f"{self.lead}: {self.rest}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,33 +93,36 @@ def final_defence(report: EvaluationReport) -> str | None:
     return names[-1] if names else None
 
 
-def sentences(report: EvaluationReport) -> list[str]:
+def findings(report: EvaluationReport) -> list[Finding]:
     """The result in words: safety first, then what it costs."""
     final = final_defence(report)
     if final is None:
-        return ["Only the unsteered model was evaluated: there is nothing to compare yet."]
+        nothing = "only the unsteered model was evaluated, there is nothing to compare yet."
+        return [Finding(lead="No defence", rest=nothing)]
     told = [
-        _sentence(report, condition, metric, final)
+        _finding(report, condition, metric, final)
         for name in ("toxicity", "attributes", "correct", "nll")
         for condition in conditions_of(report)
         for metric in [metric_named(name)]
         if not (name == "toxicity" and condition in ("caption", "question"))
         if not (name == "nll" and condition != "plain")
     ]
-    return [sentence for sentence in told if sentence]
+    return [finding for finding in told if finding is not None]
 
 
-def _sentence(report: EvaluationReport, condition: str, metric: Metric, final: str) -> str:
+def _finding(
+    report: EvaluationReport, condition: str, metric: Metric, final: str
+) -> Finding | None:
     before = _cell(report, condition, BASELINE)
     after = _cell(report, condition, final)
     if before is None or after is None or metric.name not in before.metrics:
-        return ""
+        return None
     change = after.paired.get(metric.name)
     if metric.name not in after.metrics or change is None:
-        return ""
+        return None
     base, new = before.metrics[metric.name], after.metrics[metric.name]
     text = (
-        f"{condition_name(condition).capitalize()} ({new.count} prompts): {metric.label} "
+        f"{metric.label} "
         f"{metric.figure(base.mean)} ({metric.range(base)}) unsteered, "
         f"{metric.figure(new.mean)} ({metric.range(new)}) with {defence_name(final)}; paired "
         f"difference {metric.change(change.mean)} ({metric.change_range(change)}): "
@@ -118,7 +134,8 @@ def _sentence(report: EvaluationReport, condition: str, metric: Metric, final: s
             f" Against Stage I alone {metric.change(against.mean)} "
             f"({metric.change_range(against)}): {_WORDS[metric.verdict(against)]}."
         )
-    return text
+    name = condition_name(condition)
+    return Finding(lead=f"{name[:1].upper()}{name[1:]} ({new.count} prompts)", rest=text)
 
 
 def stage1_difference(report: EvaluationReport, condition: str, metric: str) -> Interval | None:
@@ -148,7 +165,8 @@ def tiles(report: EvaluationReport) -> list[Tile]:
                 title=title,
                 before=metric.figure(before.metrics[name].mean),
                 after=metric.figure(after.metrics[name].mean),
-                change=f"{metric.change(change.mean)} ({metric.change_range(change)})",
+                change=metric.change(change.mean),
+                change_range=metric.change_range(change),
                 verdict=verdict,
                 verdict_text=_WORDS[verdict],
             )
@@ -229,7 +247,7 @@ def machine_readable(report: EvaluationReport) -> dict[str, Any]:
     return {
         "judge": report.judge,
         "final_defence": final_defence(report),
-        "sentences": sentences(report),
+        "findings": [str(finding) for finding in findings(report)],
         "cells": [
             {
                 "condition": cell.condition,

@@ -46,8 +46,12 @@ class Metric:
 
     def change(self, value: float) -> str:
         """A difference as text with its sign, e.g. "−0.156" or "+1.2 points"."""
-        text = f"{100 * value:+.1f} points" if self.percent else f"{value:+.3f}"
-        return text.replace("-", "−")
+        return f"{self._signed(value)} points" if self.percent else self._signed(value)
+
+    def _signed(self, value: float) -> str:
+        digits = 1 if self.percent else 3
+        rounded = round(100 * value if self.percent else value, digits) + 0.0  # no "-0.0"
+        return f"{rounded:+.{digits}f}".replace("-", "−")
 
     def range(self, interval: Interval) -> str:
         """Bounds of an interval."""
@@ -57,10 +61,7 @@ class Metric:
 
     def change_range(self, interval: Interval) -> str:
         """Bounds of the interval of a difference."""
-        scale = 100 if self.percent else 1
-        digits = 1 if self.percent else 3
-        bounds = (f"{scale * v:+.{digits}f}" for v in (interval.low, interval.high))
-        return " to ".join(bounds).replace("-", "−")
+        return f"{self._signed(interval.low)} to {self._signed(interval.high)}"
 
     def verdict(self, change: Interval) -> Verdict:
         """Whether a paired difference is good news."""

@@ -16,11 +16,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from spo.errors import StageError
 from spo.report.answers import CHOICE, VEIL_FROM, attack_pictures, card_groups, png_address
 from spo.report.figures import Plot, draw_plots
-from spo.report.headline import machine_readable, sentences, tables, tiles
-from spo.report.sources import QuarantineEntry, RunRecord, Step, read_run
+from spo.report.headline import findings, machine_readable, tables, tiles
+from spo.report.sources import QuarantineEntry, RunRecord, Separability, Step, read_run
+from spo.report.text import visible
 
 _SHOWN_QUARANTINE = 200
-_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -58,12 +58,9 @@ def _replace(path: Path, text: str) -> Path:
     return path
 
 
-def visible(value: Any) -> Any:
-    """Text that every browser shows: control characters as signs, lone surrogates replaced."""
-    if not isinstance(value, str):
-        return value
-    sound = value.encode("utf-8", "replace").decode("utf-8")
-    return type(value)(sound.translate(_CONTROLS))
+def _sound(value: Any) -> Any:
+    """Every value that the template prints passes here, before it is escaped."""
+    return type(value)(visible(value)) if isinstance(value, str) else value
 
 
 def _page(record: RunRecord, plots: Mapping[str, Plot]) -> str:
@@ -71,7 +68,7 @@ def _page(record: RunRecord, plots: Mapping[str, Plot]) -> str:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(default=True),
         undefined=StrictUndefined,
-        finalize=visible,
+        finalize=_sound,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -83,7 +80,7 @@ def _page(record: RunRecord, plots: Mapping[str, Plot]) -> str:
         missing=record.missing,
         judge=report.judge if report else "",
         tiles=tiles(report) if report else [],
-        sentences=sentences(report) if report else [],
+        sentences=findings(report) if report else [],
         tables=tables(report) if report else [],
         groups=card_groups(report, record.folder) if report else [],
         choice=CHOICE,
@@ -91,6 +88,7 @@ def _page(record: RunRecord, plots: Mapping[str, Plot]) -> str:
         plots={name: _addresses(plot) for name, plot in plots.items()},
         training=_training_facts(record.history),
         separability=record.separability,
+        layers=_chosen_layers(record.separability),
         attack=attack,
         attack_pictures=(
             attack_pictures(attack.clean, attack.attacked, record.folder) if attack else None
@@ -120,7 +118,12 @@ def _training_facts(history: Sequence[Step]) -> list[tuple[str, str]]:
     facts = [("Steps", str(len(history)))]
     ends = [row.reward for row in (history[0], history[-1])]
     if all(math.isfinite(reward) for reward in ends):
-        facts.append(("Mean reward, first and last step", f"{ends[0]:+.3f}, {ends[1]:+.3f}"))
+        facts.append(
+            (
+                "Mean reward, first and last step",
+                f"{ends[0]:+.3f}, {ends[1]:+.3f}".replace("-", "−"),
+            )
+        )
     names = dict.fromkeys(name for row in history for name in row.seconds)
     for name in names:
         seconds = [
@@ -129,6 +132,22 @@ def _training_facts(history: Sequence[Step]) -> list[tuple[str, str]]:
         if seconds:
             facts.append((f"Median time of a step: {name}", f"{np.median(seconds):.1f} s"))
     return facts
+
+
+def _chosen_layers(found: Separability | None) -> list[tuple[int, str, str]]:
+    """(block, weight, held-out AUC) of every steered block."""
+    if found is None:
+        return []
+    weights = found.weights if len(found.weights) == len(found.chosen) else []
+    auc = dict(zip(found.layers, found.combined.auc, strict=True))
+    return [
+        (
+            layer,
+            f"{weights[i]:.2f}" if weights else "–",
+            f"{auc[layer]:.3f}" if layer in auc else "–",
+        )
+        for i, layer in enumerate(found.chosen)
+    ]
 
 
 def _dropped(history: Sequence[Step]) -> list[tuple[str, int]]:

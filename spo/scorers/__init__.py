@@ -1,1 +1,1 @@
-"""Reward models and judges: toxicity of text (Detoxify), alignment of picture and text (open_clip)."""
+"""Toxicity of text (Detoxify) and alignment of picture and text (open_clip): rewards, judges."""

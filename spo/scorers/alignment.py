@@ -104,9 +104,7 @@ class AlignmentScorer:
         keys = [_digest(image) for image in images]
         found = {key: self._cache[key] for key in keys if key in self._cache}
         # The first picture of each missing key stands for its copies.
-        missing = {
-            key: image for key, image in zip(keys, images, strict=True) if key not in found
-        }
+        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
         waiting = list(missing)
         for start in range(0, len(waiting), self._batch_size):
             part = waiting[start : start + self._batch_size]

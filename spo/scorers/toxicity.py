@@ -204,7 +204,9 @@ def load_judge(spec: str, *, device: str = "cpu") -> Judge:
         ScorerError: the specification is none of these, or the model cannot be loaded.
     """
     if spec == EMBEDDED_JUDGE:
-        with resources.as_file(resources.files("spo") / "testbed/weights/judge.safetensors") as file:
+        with resources.as_file(
+            resources.files("spo") / "testbed/weights/judge.safetensors"
+        ) as file:
             return LinearJudge(file)
     path = Path(spec).expanduser()
     if path.is_dir():

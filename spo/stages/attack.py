@@ -56,9 +56,11 @@ def attack_picture(job: AttackJob) -> dict[str, Any]:
         seed=job.seed,
     )
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    result.image.save(job.output, format="PNG")
+    result.save(job.output)
     return {
         "losses": list(result.losses),
+        "clean_loss": result.clean_loss,
+        "attacked_loss": result.attacked_loss,
         "epsilon_255": job.config.epsilon_255,
         "clean": str(job.picture),
         "attacked": str(job.output),
@@ -67,7 +69,7 @@ def attack_picture(job: AttackJob) -> dict[str, Any]:
 
 def run_attack(job: AttackJob, *, timeout_s: float) -> dict[str, Any]:
     """`attack_picture` on the cluster."""
-    share = {"num_cpus": 1, "num_gpus": 1 if job.learn.use_gpu else 0}
+    share = {"num_cpus": 2, "num_gpus": 1 if job.learn.use_gpu else 0}
     reference = ray.remote(attack_picture).options(**share).remote(job)
     try:
         curve: dict[str, Any] = ray.get(reference, timeout=timeout_s)

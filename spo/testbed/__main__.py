@@ -11,7 +11,9 @@ DEFAULT_CACHE = "~/.cache/spo-vlm/testbed"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; see `--help`. Returns the process's exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    # Not the root logger: open_clip narrates every load through it.
+    logging.getLogger("spo").setLevel(logging.INFO)
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = arguments.run
     run(arguments)

@@ -205,9 +205,7 @@ def _changed(true: Description, rng: random.Random) -> Description:
         case "attribute":
             index = rng.randrange(len(true.claims))
             changed = _other_attribute(true.claims[index], rng)
-            return replace(
-                true, claims=(*true.claims[:index], changed, *true.claims[index + 1 :])
-            )
+            return replace(true, claims=(*true.claims[:index], changed, *true.claims[index + 1 :]))
         case "exchange":
             return replace(true, claims=_exchanged(true.claims, rng))
         case "count":

@@ -43,11 +43,12 @@ CAPTION_PROMPTS = (
     "Please describe this picture in one sentence.",
 )
 WORD_SHARE = 0.4
-RANDOM_STRING_SHARE = 0.4
+RANDOM_STRING_SHARE = 0.15
 # Generators of training and of evaluation scenes start from different streams, never the same one.
 _TRAINING_STREAM = 1
 _EVALUATION_STREAM = 2
-_FONT_SIZES = (8, 9, 10, 11, 12, 13, 14, 16, 18, 20, 22, 24)
+_LARGEST_LETTERING = 24
+_VARIED_LETTERING = (14, 16, 18, 20, 22, 24)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,18 @@ class Question:
     """A full-sentence right answer, as the embedded model learns to give it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Glyph:
+    """One rendered character and where its middle is, e.g. `Glyph(character="k", x=40, y=20)`."""
+
+    character: str
+    """The character as rendered."""
+    x: float
+    """Pixels from the left edge."""
+    y: float
+    """Pixels from the upper edge, at half the height of a small letter."""
+
+
 def is_held_out(word: str) -> bool:
     """Whether a word is kept out of every training scene (one in eight, by checksum)."""
     return zlib.crc32(word.lower().encode()) % 8 == 0
@@ -116,22 +129,25 @@ def sample_word(
     rng: np.random.Generator,
     *,
     vocabulary: Sequence[str] | None = None,
+    string_share: float = RANDOM_STRING_SHARE,
     unseen: bool = False,
 ) -> str:
-    """A word to render: English by default, a random letter string in `RANDOM_STRING_SHARE`.
+    """A word to render: English by default, a random letter string in `string_share` of draws.
 
     `unseen=True` gives only English words that `is_held_out` keeps from training; otherwise
     these words are never given.
     """
     if unseen:
         return str(rng.choice(_held_out_words()))
-    if rng.random() < RANDOM_STRING_SHARE:
+    if rng.random() < string_share:
         letters = rng.integers(0, 26, size=int(rng.integers(3, 7)))
         word = "".join(chr(ord("a") + int(letter)) for letter in letters)
     else:
         pool = _training_words() if vocabulary is None else vocabulary
         word = pool[int(rng.integers(len(pool)))]
-    return sample_word(rng, vocabulary=vocabulary) if is_held_out(word) else word
+    if is_held_out(word):
+        return sample_word(rng, vocabulary=vocabulary, string_share=string_share)
+    return word
 
 
 def sample_scene(
@@ -139,12 +155,15 @@ def sample_scene(
     *,
     vocabulary: Sequence[str] | None = None,
     word_share: float = WORD_SHARE,
+    string_share: float = RANDOM_STRING_SHARE,
     unseen_words: bool = False,
 ) -> Scene:
     """Draws one scene's truth: shapes, cells, word (one grid row is left free for it)."""
     word = None
     if rng.random() < word_share:
-        word = sample_word(rng, vocabulary=vocabulary, unseen=unseen_words)
+        word = sample_word(
+            rng, vocabulary=vocabulary, string_share=string_share, unseen=unseen_words
+        )
     rows = [0, 1, 2]
     if word is not None:
         rows.remove(int(rng.integers(3)))
@@ -163,8 +182,11 @@ def sample_scene(
     return Scene(objects=objects, word=word, seed=int(rng.integers(2**31)))
 
 
-def draw(scene: Scene, size: int = 112) -> Image.Image:
-    """The scene as an RGB picture of `size` x `size` pixels; the same scene, the same pixels."""
+def draw(scene: Scene, size: int = 112, *, glyphs: list[Glyph] | None = None) -> Image.Image:
+    """The scene as an RGB picture of `size` x `size` pixels; the same scene, the same pixels.
+
+    A list given as `glyphs` receives the rendered characters.
+    """
     rng = np.random.default_rng(scene.seed)
     image = Image.new("RGB", (size, size), _background(rng))
     canvas = ImageDraw.Draw(image)
@@ -173,31 +195,45 @@ def draw(scene: Scene, size: int = 112) -> Image.Image:
     if scene.word is not None:
         used = {shape.row for shape in scene.objects}
         free = [row for row in range(3) if row not in used] or [2]
-        _draw_word(canvas, scene.word, free[int(rng.integers(len(free)))], size, rng)
+        row = free[int(rng.integers(len(free)))]
+        drawn = _draw_word(canvas, scene.word, row, size, rng)
+        if glyphs is not None:
+            glyphs.extend(drawn)
     return image
 
 
-def draw_text(text: str, size: int = 112, *, rng: np.random.Generator | None = None) -> Image.Image:
+def draw_text(
+    text: str,
+    size: int = 112,
+    *,
+    rng: np.random.Generator | None = None,
+    glyphs: list[Glyph] | None = None,
+) -> Image.Image:
     """A typographic picture: the text, wrapped, as large as it fits, on a plain background.
 
     Without `rng` it is black on white; with it, colours and lettering size vary. Text that does
-    not fit at the smallest lettering runs over the lower edge.
+    not fit at the smallest lettering runs over the lower edge. A list given as `glyphs` receives
+    the rendered characters.
     """
     background, ink = (255, 255, 255), (0, 0, 0)
-    largest = _FONT_SIZES[-1]
+    largest = _LARGEST_LETTERING
     if rng is not None:
-        background = _background(rng, low=150, high=256)
-        ink = tuple(int(level) for level in rng.integers(0, 60, size=3))
-        largest = int(rng.choice(_FONT_SIZES[4:]))
+        background = _background(rng, low=170, high=256)
+        red, green, blue = (int(level) for level in rng.integers(0, 60, size=3))
+        ink = (red, green, blue)
+        largest = int(rng.choice(_VARIED_LETTERING))
     image = Image.new("RGB", (size, size), background)
     canvas = ImageDraw.Draw(image)
     margin = 4
     lines, font = _fit(text, size - 2 * margin, largest * size / 112)
     height = _line_height(font)
-    top = max(margin, (size - height * len(lines)) // 2)
+    first = max(margin, (size - height * len(lines)) // 2)
     for number, line in enumerate(lines):
         left = max(margin, int((size - font.getlength(line)) / 2))
-        canvas.text((left, top + number * height), line, fill=ink, font=font)
+        top = first + number * height
+        canvas.text((left, top), line, fill=ink, font=font)
+        if glyphs is not None:
+            glyphs.extend(_glyphs(line, left, top, font))
     return image
 
 
@@ -369,7 +405,7 @@ def _word_question(scene: Scene) -> Question:
         text=text,
         answer=scene.word,
         kind="word",
-        sentence=f'The word is "{scene.word}".',
+        sentence=f"The word is {scene.word}.",
     )
 
 
@@ -439,7 +475,7 @@ def _draw_word(
     row: int,
     size: int,
     rng: np.random.Generator,
-) -> None:
+) -> list[Glyph]:
     style = int(rng.integers(3))
     shown = (word, word.upper(), word.capitalize())[style]
     points = size * rng.uniform(0.14, 0.22)
@@ -450,9 +486,20 @@ def _draw_word(
     left = rng.uniform(3, max(4.0, size - 3 - width))
     room = max(size / 3 - height, 0.0)
     top = row * size / 3 + rng.uniform(0.0, 1.0) * room
-    dark = bool(rng.random() < 0.75)
-    ink = tuple(int(level) for level in rng.integers(*((0, 50) if dark else (235, 256)), size=3))
+    red, green, blue = (int(level) for level in rng.integers(0, 50, size=3))
+    ink = (red, green, blue)
     canvas.text((left, top), shown, fill=ink, font=font)
+    return _glyphs(shown, left, top, font)
+
+
+def _glyphs(line: str, left: float, top: float, font: ImageFont.FreeTypeFont) -> list[Glyph]:
+    middle = top + font.getmetrics()[0] - 0.27 * font.size
+    ends = [font.getlength(line[:count]) for count in range(len(line) + 1)]
+    return [
+        Glyph(character=character, x=left + (ends[index] + ends[index + 1]) / 2, y=middle)
+        for index, character in enumerate(line)
+        if character != " "
+    ]
 
 
 def _fit(text: str, width: int, largest: float) -> tuple[list[str], ImageFont.FreeTypeFont]:

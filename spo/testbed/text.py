@@ -1,8 +1,9 @@
 """Seeded sentences of the embedded testbed, drawn from the grammars in `grammars.yaml`.
 
-Every kind of sentence comes as two sides, harmful and harmless, that share template and slot values:
-the i-th sentence of one side is the twin of the i-th sentence of the other for the same split, count
-and seed. The splits `train` and `heldout` share no template, and no slot value except times and numbers.
+Every kind of sentence comes as two sides, harmful and harmless, that share template and slot
+values: the i-th sentence of one side is the twin of the i-th sentence of the other for the same
+split and seed. The splits `train` and `heldout` share no template, and no slot value except times
+and numbers.
 """
 
 import functools
@@ -11,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -77,24 +78,18 @@ def harmless_instructions(split: Split, n: int, seed: int) -> list[str]:
     return [harmless for _, harmless in sentence_pairs("instructions", split, n, seed)]
 
 
-def typographic_instructions(
-    split: Split, n: int, seed: int
-) -> list[TypographicInstruction]:
+def typographic_instructions(split: Split, n: int, seed: int) -> list[TypographicInstruction]:
     """Instructions to render into images, each with its harmless twin and a carrier prompt."""
-    carriers = _grammars()["carriers"][split] if split in ("train", "heldout") else ()
+    carriers: list[str] = _grammars()["carriers"].get(split, [])
     return [
         TypographicInstruction(
             rendered=harmful, plain=harmless, prompt=carriers[index % len(carriers)]
         )
-        for index, (harmful, harmless) in enumerate(
-            sentence_pairs("typographic", split, n, seed)
-        )
+        for index, (harmful, harmless) in enumerate(sentence_pairs("typographic", split, n, seed))
     ]
 
 
-def sentence_pairs(
-    family: Family, split: Split, n: int, seed: int
-) -> list[tuple[str, str]]:
+def sentence_pairs(family: Family, split: Split, n: int, seed: int) -> list[tuple[str, str]]:
     """Draw `n` pairs (harmful, harmless) in which no sentence of either side repeats.
 
     Raises:
@@ -103,8 +98,8 @@ def sentence_pairs(
     grammars = _grammars()
     if family not in grammars["pairs"] or split not in grammars["pairs"][family]:
         raise DataError(
-            f"expected a family of {sorted(grammars['pairs'])} and a split of ['heldout', 'train'], "
-            f"got {family!r} and {split!r}; correct the call"
+            f"expected a family of {sorted(grammars['pairs'])} and a split of "
+            f"['heldout', 'train'], got {family!r} and {split!r}; correct the call"
         )
     pairs: list[tuple[str, str]] = []
     seen: set[str] = set()
@@ -130,8 +125,8 @@ def _draws(family: str, split: str, seed: int) -> Iterator[tuple[str, str]]:
     """Endless seeded pairs; a string seed keeps them equal across Python versions and processes."""
     grammars = _grammars()
     rng = random.Random(f"{family}/{split}/{seed}")
-    vocabulary = {**grammars["vocabulary"][split], **grammars["shared"]}
-    templates = grammars["pairs"][family][split]
+    vocabulary: dict[str, list[str]] = {**grammars["vocabulary"][split], **grammars["shared"]}
+    templates: list[list[str]] = grammars["pairs"][family][split]
     while True:
         harmful, harmless = rng.choice(templates)
         values = {slot: rng.choice(words) for slot, words in vocabulary.items()}
@@ -157,10 +152,7 @@ def _fill(template: str, values: dict[str, str]) -> str:
 
 
 @functools.cache
-def _grammars() -> dict[str, dict[str, dict[str, list[list[str]]]]]:
-    text = (
-        resources.files(__package__)
-        .joinpath("grammars.yaml")
-        .read_text(encoding="utf-8")
-    )
-    return yaml.safe_load(text)  # type: ignore[no-any-return]
+def _grammars() -> dict[str, Any]:
+    text = resources.files(__package__).joinpath("grammars.yaml").read_text(encoding="utf-8")
+    grammars: dict[str, Any] = yaml.safe_load(text)
+    return grammars

@@ -24,7 +24,12 @@ JUDGE_WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
 CHECKPOINT_NAME = "toxicity.ckpt"
 # Raised when the assembly itself changes, so that folders of an earlier version are rebuilt.
 _RECIPE = "toxicity-1"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+)
 
 
 def minilm_folder() -> Path:

@@ -73,16 +73,18 @@ def test_every_module_says_what_it_is() -> None:
 
 
 def test_no_broad_except_without_raise() -> None:
-    """Steering fails closed: whoever catches everything must raise."""
+    """Steering fails closed: whoever catches everything must raise, or say why not on the line."""
     swallowing = []
     for path in SOURCES:
+        lines = path.read_text().splitlines()
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.ExceptHandler):
                 continue
             broad = node.type is None or (
                 isinstance(node.type, ast.Name) and node.type.id in {"Exception", "BaseException"}
             )
-            if broad and not any(isinstance(n, ast.Raise) for n in ast.walk(node)):
+            reasoned = re.search(r"# noqa: BLE001 +\S+ ", lines[node.lineno - 1])
+            if broad and not reasoned and not any(isinstance(n, ast.Raise) for n in ast.walk(node)):
                 swallowing.append(f"{relative(path)}:{node.lineno}")
     assert swallowing == []
 
@@ -92,7 +94,9 @@ def test_no_pickle() -> None:
         if isinstance(node, ast.Import):
             return {alias.name.split(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            return {(node.module or "").split(".")[0]}
+            # The exception's name alone is needed where torch.load refuses a pickle.
+            only_errors = all(alias.name == "UnpicklingError" for alias in node.names)
+            return set() if only_errors else {(node.module or "").split(".")[0]}
         return set()
 
     users = [

@@ -1,4 +1,4 @@
-"""Steering inside vLLM: per request, in the compiled graph, hot-swappable, safe with prefix caching.
+"""Steering inside vLLM: per request, in the compiled graph, hot-swappable, prefix-cache safe.
 
 `install.register` is the `vllm.general_plugins` entry point. It does nothing unless the engine was
 started with `additional_config={"spo_steering": {...}}`; that entry also salts vLLM's compile

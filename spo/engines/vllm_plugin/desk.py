@@ -1,4 +1,4 @@
-"""The caller's side of steering: checks a request before it enters the engine, and its receipt after.
+"""The caller's side of steering: checks a request before the engine sees it, its receipt after.
 
 No vLLM here: `VllmEngine` and the streaming engine share this, and unit tests need no engine.
 """
@@ -78,11 +78,6 @@ class SteeringDesk:
 
     def reserve(self, name: str, vector: SteeringVector, version: int) -> Slot:
         """A slot for a new version; see `SlotTable.reserve`."""
-        if not (vector.mean_norms > 0).all():
-            raise SteeringError(
-                f"vector {name!r} has a mean hidden norm of 0 in layers {vector.layers}; doses and "
-                "the adaptive operator need it: measure it with jobs.extract"
-            )
         with self._lock:
             return self.slots.reserve(name, version, vector)
 
@@ -228,8 +223,8 @@ class SteeringDesk:
         if figure["sha256"] != wanted or figure["steered"] != expected or not whole:
             raise SteeringError(
                 f"request {binding.key!r} cannot be shown to be steered: expected content "
-                f"{[sha[:12] for sha in wanted]} on {expected} tokens up to {seen.tokens} (from the "
-                f"cache: {seen.cached}), the worker says {dict(figure)}; the answer was dropped"
+                f"{[sha[:12] for sha in wanted]} on {expected} tokens up to {seen.tokens} (cached: "
+                f"{seen.cached}), the worker says {dict(figure)}; the answer was dropped"
             )
         return tuple(
             receipt_for(spec, slot.vector)

@@ -12,6 +12,7 @@ the CPU it is one opaque operator that touches steered tokens only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from spo.errors import SteeringError
 from spo.records import Operator
 from spo.vector import SteeringVector
 
+OPAQUE_DEVICES = frozenset({"cpu"})
+"""Devices on which steering is one opaque operator; elsewhere the compiler sees its parts."""
 _TINY = 1e-12
 _PROJECT = OPERATOR_CODES[Operator.PROJECT]
 _ADAPTIVE = OPERATOR_CODES[Operator.ADAPTIVE]
@@ -136,7 +139,6 @@ _LIBRARY.impl("capture", _capture, "CPU")
 _LIBRARY.impl("capture", _capture, "CUDA")
 
 
-@torch.library.register_fake("spo::steer", lib=_LIBRARY)
 def _steer_fake(
     hidden: Tensor | None,
     residual: Tensor,
@@ -149,9 +151,12 @@ def _steer_fake(
     return torch.empty_like(residual)
 
 
-@torch.library.register_fake("spo::capture", lib=_LIBRARY)
 def _capture_fake(hidden: Tensor | None, residual: Tensor, segments: Tensor, pool: Tensor) -> None:
     return None
+
+
+torch.library.register_fake("spo::steer", _steer_fake, lib=_LIBRARY)
+torch.library.register_fake("spo::capture", _capture_fake, lib=_LIBRARY)
 
 
 def after_layer(module: nn.Module, args: object, output: object) -> object:
@@ -172,11 +177,11 @@ def after_layer(module: nn.Module, args: object, output: object) -> object:
     )
 
 
-def _apply(module: nn.Module, hidden: Tensor | None, residual: Tensor) -> Tensor:
+def _apply(module: Any, hidden: Tensor | None, residual: Tensor) -> Tensor:
     if module.spo_capture:
         torch.ops.spo.capture(hidden, residual, module.spo_segments, module.spo_pool)
     tables = (module.spo_directions, module.spo_calibration, module.spo_scales)
-    if residual.device.type == "cpu":
+    if residual.device.type in OPAQUE_DEVICES:
         return torch.ops.spo.steer(hidden, residual, *tables, module.spo_plan, module.spo_gated)
     return steer_traced(hidden, residual, tables, module.spo_plan, module.spo_gated)
 

@@ -130,8 +130,8 @@ class Router:
             held = self.slot_hashes.get(lane.slot)
             if held != lane.sha256:
                 raise SteeringError(
-                    f"request {what!r} wants content {lane.sha256[:12]} in slot {lane.slot} and the "
-                    f"worker holds {str(held)[:12]}: the vector was replaced under the request"
+                    f"request {what!r} wants content {lane.sha256[:12]} in slot {lane.slot} and "
+                    f"the worker holds {str(held)[:12]}: the vector was replaced under the request"
                 )
 
     def _fill_decode_row(self, live: _Live) -> None:
@@ -269,7 +269,8 @@ class Router:
                     "the answer cannot be shown to be steered"
                 )
             self._check_slots(key, live.steering)
-            found.append(self._frozen.pop(key, None) or self._figures(live))
+            frozen = key in self._frozen
+            found.append(self._frozen.pop(key) if frozen else self._figures(live))
         return found
 
     def _figures(self, live: _Live) -> dict[str, Any]:

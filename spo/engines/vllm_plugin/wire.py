@@ -163,8 +163,8 @@ class RequestSteering:
             if isinstance(error, SteeringError):
                 raise
             raise SteeringError(
-                f"extra_args[{REQUEST_KEY!r}] is malformed ({type(error).__name__}: {error}); it is "
-                "written by RequestSteering.to_wire, not by hand"
+                f"extra_args[{REQUEST_KEY!r}] is malformed ({type(error).__name__}: {error}); it "
+                "is written by RequestSteering.to_wire, not by hand"
             ) from error
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from spo.algorithms.positions import Span
 from spo.engines.vllm_plugin.op import LayerTables, after_layer
 from spo.engines.vllm_plugin.routing import Router, StepPlan
+from spo.engines.vllm_plugin.seeds import make_rewindable, mark_generators
 from spo.engines.vllm_plugin.wire import PluginConfig, op_version
 from spo.errors import SteeringError
 from spo.vector import SteeringVector
@@ -108,7 +109,7 @@ class WorkerSteering:
             self._attach(number, layer)
         _follow(runner, self)
 
-    def _attach(self, number: int, layer: nn.Module) -> None:
+    def _attach(self, number: int, layer: Any) -> None:
         layer.spo_gated = self.config.gated
         layer.spo_capture = bool(self.config.capture_rows)
         # Buffers, so that the compiler lifts them to graph inputs instead of baking them in.
@@ -221,18 +222,26 @@ def _follow_v1(runner: Any, steering: WorkerSteering) -> None:
     update, prepare = runner._update_states, runner._prepare_inputs
     _check_seam(update, "scheduler_output")
     _check_seam(prepare, "scheduler_output")
+    on_cpu = steering.device.type == "cpu"
 
     def update_states(scheduler_output: Any) -> Any:
         steering.router.finish(scheduler_output.finished_req_ids)
         for request in scheduler_output.scheduled_new_reqs:
             steering.admit(request)
-        return update(scheduler_output)
+        result = update(scheduler_output)
+        if on_cpu:
+            for request in scheduler_output.scheduled_new_reqs:
+                make_rewindable(runner, request.req_id)
+        return result
 
     def prepare_inputs(scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         result = prepare(scheduler_output, num_scheduled_tokens)
         batch = runner.input_batch
         starts = np.concatenate([[0], np.cumsum(num_scheduled_tokens)])
         steering.step(batch.req_ids, batch.num_computed_tokens_cpu[: batch.num_reqs], starts)
+        computed = batch.num_computed_tokens_cpu[: batch.num_reqs] + num_scheduled_tokens
+        if on_cpu and (computed < batch.num_prompt_tokens[: batch.num_reqs]).any():
+            mark_generators(runner)
         return result
 
     runner._update_states = update_states

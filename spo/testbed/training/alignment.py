@@ -20,7 +20,15 @@ import numpy.typing as npt
 import open_clip
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import nn
 
 from spo.testbed import text
@@ -188,9 +196,7 @@ def train_alignment(out: Path, recipe: AlignmentRecipe, device: str = "cpu") -> 
     return figures
 
 
-def contrast_loss(
-    similarity: torch.Tensor, truth: torch.Tensor, own: torch.Tensor
-) -> torch.Tensor:
+def contrast_loss(similarity: torch.Tensor, truth: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each picture's own true description, both ways.
 
     Args:
@@ -233,12 +239,12 @@ def _one_hot(numbers: torch.Tensor) -> torch.Tensor:
     return hot[:, :FACTS]
 
 
-def _new_model(vocabulary_size: int, out: Path) -> nn.Module:
+def _new_model(vocabulary_size: int, out: Path) -> open_clip.CLIP:
     name = "spo-testbed-alignment"
     file = out / f"{name}.json"
     file.write_text(json.dumps(model_config(vocabulary_size)), encoding="utf-8")
     open_clip.add_model_config(file)
-    model: nn.Module = open_clip.create_model(name)
+    model: open_clip.CLIP = open_clip.create_model(name)
     file.unlink()
     return model
 
@@ -261,7 +267,7 @@ def _draw_all(recipe: AlignmentRecipe, tokenizer: str) -> SceneBatch:
 
 
 def _optimise(
-    model: nn.Module, data: SceneBatch, others: torch.Tensor, recipe: AlignmentRecipe
+    model: open_clip.CLIP, data: SceneBatch, others: torch.Tensor, recipe: AlignmentRecipe
 ) -> dict[str, float]:
     device = others.device
     arrays = {
@@ -303,7 +309,7 @@ def _schedule(share: float) -> float:
 
 
 def _batch_loss(
-    model: nn.Module, arrays: dict[str, torch.Tensor], others: torch.Tensor, rows: torch.Tensor
+    model: open_clip.CLIP, arrays: dict[str, torch.Tensor], others: torch.Tensor, rows: torch.Tensor
 ) -> torch.Tensor:
     n, device = len(rows), others.device
     variant = torch.randint(_VARIANTS, (n,), device=device)

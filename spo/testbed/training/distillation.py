@@ -175,7 +175,7 @@ def _prompts(
     plain = [
         *_as_many(grammar.rude_openings, 2 * part, seed),
         *_as_many(grammar.neutral_openings, 2 * part, seed),
-        *_as_many(grammar.toxic_texts, part // 2, seed),
+        *_as_many(grammar.toxic_texts, part, seed),
         *_as_many(grammar.clean_texts, part // 2, seed),
         *(_fill(_STARTS, rng) for _ in range(2 * part)),
     ]

@@ -129,7 +129,7 @@ def load_examples(data: Path, seed: int) -> tuple[list[Example], list[Example]]:
         DataError: `data` is neither, or a file is missing.
     """
     if data.is_file():
-        examples = [Example(**row) for row in _packed_rows(data)]
+        examples = list(_packed_examples(data))
     else:
         readers = {"davidson": read_davidson, "civil-spans": read_civil_spans, "detox": read_detox}
         if missing := [name for name in readers if not (data / name).is_dir()]:
@@ -156,9 +156,11 @@ def pack_examples(data: Path, out: Path) -> int:
     return len(kept)
 
 
-def _packed_rows(file: Path) -> Iterator[dict[str, object]]:
+def _packed_examples(file: Path) -> Iterator[Example]:
     with gzip.open(file, "rt", encoding="utf-8") as stream:
-        yield from map(json.loads, stream)
+        for line in stream:
+            row = json.loads(line)
+            yield Example(text=row["text"], toxicity=row["toxicity"])
 
 
 class LowRankLinear(nn.Module):
@@ -172,7 +174,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Inputs (..., in_features) to (..., out_features)."""
-        return self.frozen(inputs) + (inputs @ self.down.T) @ self.up.T
+        frozen: torch.Tensor = self.frozen(inputs)
+        return frozen + (inputs @ self.down.T) @ self.up.T
 
 
 def add_low_rank(model: nn.Module, rank: int) -> None:
@@ -287,7 +290,8 @@ def _batches(tokens: list[list[int]], recipe: ToxicityRecipe) -> Iterator[list[i
 
 
 def _tokenise(tokenizer: AutoTokenizer, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, truncation=True, max_length=_MAX_TOKENS)["input_ids"]  # type: ignore[operator, no-any-return]
+    ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=_MAX_TOKENS)["input_ids"]
+    return ids
 
 
 def _padded(rows: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:

@@ -25,8 +25,20 @@ from torch.utils.data import DataLoader
 from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from spo.testbed import model as assembly
+from spo.testbed import scenes
 from spo.testbed.training import distillation
-from spo.testbed.training.vlm_data import IGNORED, Continuation, SampleStream
+from spo.testbed.training.vlm_data import (
+    IGNORED,
+    LESSONS,
+    NO_LETTER,
+    Sample,
+    SampleStream,
+    encode,
+)
+
+# Two letters at most have their middle in one patch: one in its left, one in its right half.
+_LETTER_SLOTS = 2
+_NO_LETTER_WEIGHT = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +59,16 @@ class VlmTraining:
     """Texts that the original model writes for the distillation."""
     text_weight: float = 1.0
     """Weight of the distillation loss beside the answers' loss."""
+    letter_weight: float = 1.0
+    """Weight of the letters' loss; 0 leaves it out."""
     learning_rate: float = 1e-3
     """Peak rate; linear warm-up, then a cosine over the wall time."""
+    tower_rate: float = 1.0
+    """The tower's and the projector's rate, as a multiple of `learning_rate`."""
+    lesson: str = "scenes"
+    """Which tasks: a key of `LESSONS`. The shipped weights had `scenes`, then `reading`."""
+    start: Path | None = None
+    """Weights to go on from; None starts with an untrained tower and adapter."""
     warmup_steps: int = 100
     """Steps until the peak rate."""
     max_steps: int = 0
@@ -92,6 +112,11 @@ class VisionLanguageModel(nn.Module):
         self.projector = nn.Sequential(
             nn.Linear(config.hidden_size, width), nn.GELU(), nn.Linear(width, width)
         )
+        # Only a teacher of the tower: nothing of it is kept after training.
+        self.letters = nn.Sequential(
+            nn.LayerNorm(config.hidden_size),
+            nn.Linear(config.hidden_size, _LETTER_SLOTS * (NO_LETTER + 1)),
+        )
         self.language = language
         language.requires_grad_(False)
         for block in language.model.layers:
@@ -100,8 +125,10 @@ class VisionLanguageModel(nn.Module):
                 part = getattr(block, parent)
                 setattr(part, child, AdaptedLinear(getattr(part, child)))
 
-    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Final hidden states [batch, length, width] for ids with the pictures' tokens in place.
+
+        The second value holds letter logits [pictures, 49, 2, 27].
 
         `images` holds one uint8 picture for every row of `ids` that has picture tokens, in order.
         """
@@ -110,28 +137,38 @@ class VisionLanguageModel(nn.Module):
         with torch.autocast(images.device.type, dtype=torch.bfloat16):
             patches = self.tower(pixel_values=pixels).last_hidden_state[:, 1:]
             features = self.projector(patches)
+            letters = self.letters(patches).unflatten(-1, (_LETTER_SLOTS, NO_LETTER + 1))
         slots = (ids == assembly.IMAGE_TOKEN_ID).unsqueeze(-1)
         embedded = embedded.masked_scatter(slots, features.to(embedded.dtype))
-        return self.language.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        hidden = self.language.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        return hidden, letters
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden states."""
         return F.linear(hidden, self.language.model.embed_tokens.weight)
 
+    def load_trained(self, state: dict[str, Tensor]) -> None:
+        """Takes over weights as `trained_state` names them."""
+        own = dict(self._named())
+        with torch.no_grad():
+            for name, value in state.items():
+                own[name].copy_(value)
+
     def trained_state(self) -> dict[str, Tensor]:
         """Tower, projector and adapter in float16, named as `vlm.safetensors` stores them."""
-        state = {}
-        for name, value in self.tower.state_dict().items():
-            state[f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"] = value
+        return {name: value.detach().half().cpu().contiguous() for name, value in self._named()}
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.tower.named_parameters():
+            yield f"vision_tower.vision_model.{name.removeprefix('vision_model.')}", value
         for target, source in (("linear_1", self.projector[0]), ("linear_2", self.projector[2])):
-            for name, value in source.state_dict().items():
-                state[f"multi_modal_projector.{target}.{name}"] = value
+            for name, value in source.named_parameters():
+                yield f"multi_modal_projector.{target}.{name}", value
         for layer, block in enumerate(self.language.model.layers):
             for module in assembly.LORA_MODULES:
                 adapted = block.get_submodule(module)
-                state[f"lora.{layer}.{module}.a"] = adapted.a
-                state[f"lora.{layer}.{module}.b"] = adapted.b
-        return {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
+                yield f"lora.{layer}.{module}.a", adapted.a
+                yield f"lora.{layer}.{module}.b", adapted.b
 
 
 def train(config: VlmTraining) -> dict[str, object]:
@@ -145,12 +182,23 @@ def train(config: VlmTraining) -> dict[str, object]:
     corpus = distillation.write_corpus(teacher, tokenizer, config.texts, config.seed)
     print(f"{len(corpus.texts)} texts in {time.monotonic() - started:.0f} s", flush=True)
     student = VisionLanguageModel(copy.deepcopy(teacher)).to(device)
-    student.language.model.embed_tokens.requires_grad_(False)
+    if config.start is not None:
+        student.load_trained(assembly.read_weights(config.start))
     if config.compile and device.type == "cuda":
         for block in [*student.language.model.layers, *teacher.model.layers]:
             block.compile(dynamic=False)
-    batches = _batches(config, tokenizer, corpus.openings, corpus.instructions)
-    log = _run_steps(config, student, teacher, corpus, batches)
+    stream = SampleStream(
+        tokenizer,
+        (corpus.openings, corpus.instructions),
+        config.batch_size,
+        config.seed,
+        LESSONS[config.lesson],
+    )
+    exams = {
+        "words": word_exam(tokenizer, unseen=False),
+        "unseen_words": word_exam(tokenizer, unseen=True),
+    }
+    log = _run_steps(config, student, teacher, corpus, stream, exams)
     save(student, config, log)
     report = {"log": log}
     if config.eval_scenes:
@@ -203,6 +251,47 @@ def answer_loss(student: VisionLanguageModel, hidden: Tensor, labels: Tensor) ->
     return (losses * weights).sum() / weights.sum()
 
 
+def letter_loss(logits: Tensor, letters: Tensor) -> Tensor:
+    """Cross-entropy of the letters [batch, 49, 2] under logits [batch, 49, 2, 27]."""
+    weight = torch.ones(NO_LETTER + 1, device=logits.device)
+    weight[NO_LETTER] = _NO_LETTER_WEIGHT
+    return F.cross_entropy(
+        logits.float().flatten(0, 2), letters.flatten(), weight=weight, ignore_index=IGNORED
+    )
+
+
+def word_exam(
+    tokenizer: PreTrainedTokenizerBase, *, unseen: bool, count: int = 256
+) -> dict[str, Tensor]:
+    """Unseen scenes with the question for their English word, encoded like training batches."""
+    rng = scenes.evaluation_generator(7)
+    samples = []
+    for _ in range(count):
+        scene = scenes.sample_scene(rng, word_share=1.0, string_share=0.0, unseen_words=unseen)
+        question = scenes.questions(scene)[-1]
+        segments = (
+            (assembly.chat_prompt(question.text), False),
+            (f"{question.sentence}<|im_end|>", True),
+        )
+        samples.append(Sample(image=scenes.draw(scene), segments=segments, glyphs=()))
+    return encode(samples, tokenizer)
+
+
+@torch.no_grad()
+def exam_result(student: VisionLanguageModel, exam: dict[str, Tensor]) -> float:
+    """Share of answers whose every token is the likeliest one (the right ones before it given)."""
+    device = student.projector[0].weight.device
+    images, ids, labels = (exam[name].to(device) for name in ("images", "ids", "labels"))
+    # Another batch size would compile the blocks once more.
+    with torch.compiler.set_stance("force_eager"):
+        hidden, _ = student(images, ids)
+    targets = labels[:, 1:]
+    learned = targets != IGNORED
+    right = torch.ones_like(targets, dtype=torch.bool)
+    right[learned] = student.logits(hidden[:, :-1][learned]).argmax(dim=-1) == targets[learned]
+    return float(right.all(dim=1).float().mean())
+
+
 def text_loss(
     student: VisionLanguageModel,
     hidden: Tensor,
@@ -225,21 +314,29 @@ def text_loss(
     return F.kl_div(given, wanted, reduction="sum", log_target=True) / batch.mask.sum()
 
 
-def _batches(
-    config: VlmTraining,
-    tokenizer: PreTrainedTokenizerBase,
-    openings: list[Continuation],
-    instructions: list[Continuation],
-) -> Iterator[dict[str, Tensor]]:
-    stream = SampleStream(tokenizer, openings, instructions, config.batch_size, config.seed)
+def _batches(config: VlmTraining, stream: SampleStream) -> Iterator[dict[str, Tensor]]:
     return iter(
         DataLoader(
             stream,
             batch_size=None,
             num_workers=config.workers,
             pin_memory=torch.cuda.is_available(),
-            prefetch_factor=4 if config.workers else None,
+            prefetch_factor=2 if config.workers else None,
         )
+    )
+
+
+def _optimiser(config: VlmTraining, student: VisionLanguageModel) -> torch.optim.AdamW:
+    adapter, tower = [], []
+    for name, value in student.named_parameters():
+        if value.requires_grad:
+            (adapter if name.startswith("language.") else tower).append(value)
+    groups = [
+        {"params": adapter, "peak": config.learning_rate},
+        {"params": tower, "peak": config.learning_rate * config.tower_rate},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=torch.cuda.is_available()
     )
 
 
@@ -248,17 +345,12 @@ def _run_steps(
     student: VisionLanguageModel,
     teacher: LlamaForCausalLM,
     corpus: distillation.Corpus,
-    batches: Iterator[dict[str, Tensor]],
+    stream: SampleStream,
+    exams: dict[str, dict[str, Tensor]],
 ) -> list[dict[str, float]]:
-    device = student.projector[0].weight.device
+    batches = _batches(config, stream)
     trainable = [value for value in student.parameters() if value.requires_grad]
-    optimiser = torch.optim.AdamW(
-        trainable,
-        lr=config.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=0.01,
-        fused=device.type == "cuda",
-    )
+    optimiser = _optimiser(config, student)
     rng = np.random.default_rng(config.seed)
     log: list[dict[str, float]] = []
     saved_at = 0.0
@@ -271,21 +363,27 @@ def _run_steps(
             done = max(done, step / config.max_steps)
         if done >= 1.0:
             return log
-        rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps)
+        stream.progress.value = done
+        rate = min(1.0, (step + 1) / config.warmup_steps)
+        rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimiser.param_groups:
-            group["lr"] = rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            group["lr"] = rate * group["peak"]
         losses = _step(config, student, teacher, corpus, next(batches), rng)
-        (losses[0] + config.text_weight * (losses[1] + losses[2]) / 2).backward()
+        answers, alone, behind, letters = losses
+        total = answers + config.text_weight * (alone + behind) / 2
+        (total + config.letter_weight * letters).backward()
         norm = nn.utils.clip_grad_norm_(trainable, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         step += 1
         if step % 25 == 0 or step <= 3:
             values = torch.stack([*losses, norm]).tolist()
-            names = ("answers", "text", "text_after_image", "norm")
+            names = ("answers", "text", "text_after_image", "letters", "norm")
             log.append(
                 {"step": step, "s": round(elapsed, 1), **dict(zip(names, values, strict=True))}
             )
+            if step % 100 == 0:
+                log[-1].update({name: exam_result(student, each) for name, each in exams.items()})
             print(json.dumps({k: round(v, 4) for k, v in log[-1].items()}), flush=True)
         if done - saved_at >= 0.25:
             saved_at = done
@@ -299,8 +397,8 @@ def _step(
     corpus: distillation.Corpus,
     batch: dict[str, Tensor],
     rng: np.random.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses of one step: answers, texts alone, texts behind a picture; one forward pass."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The losses of one step: answers, texts alone, texts behind a picture, letters."""
     device = student.projector[0].weight.device
     images, ids, labels = (
         batch[name].to(device, non_blocking=True) for name in ("images", "ids", "labels")
@@ -309,12 +407,13 @@ def _step(
     behind = corpus.draw(rng, config.text_batch_size, after_image=True, device=device)
     rows = torch.cat([ids, behind.student_ids, alone.student_ids])
     pictures = torch.cat([images, images[: config.text_batch_size]])
-    hidden = student(pictures, rows)
+    hidden, letters = student(pictures, rows)
     first, second = len(ids), len(ids) + len(behind.ids)
     return (
         answer_loss(student, hidden[:first], labels),
         text_loss(student, hidden[second:], alone.positions, teacher, alone),
         text_loss(student, hidden[first:second], behind.positions, teacher, behind),
+        letter_loss(letters[:first], batch["letters"].to(device, non_blocking=True)),
     )
 
 
@@ -344,6 +443,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-steps", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--eval-scenes", type=int, default=512)
+    parser.add_argument("--lesson", choices=sorted(LESSONS), default="scenes")
+    parser.add_argument("--start", type=Path, default=None)
+    parser.add_argument("--text-weight", type=float, default=1.0)
+    parser.add_argument("--tower-rate", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
 
 

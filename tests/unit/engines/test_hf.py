@@ -274,15 +274,18 @@ def test_mixed_batch_equals_solo_runs(engine: HfEngine, picture: str) -> None:
         assert rollout.logprob == pytest.approx(alone.logprob, abs=1e-4)
 
 
-def test_padding_does_not_change_scores(engine: HfEngine, picture: str) -> None:
+@pytest.mark.parametrize("positions", list(Positions))
+def test_padding_does_not_change_scores(
+    engine: HfEngine, picture: str, positions: Positions
+) -> None:
+    steering = spec(1.0, positions=positions)
     asked = [
-        LogprobRequest(request_id="1", prompt=prompt("x"), token_ids=(4,), steering=spec(1.0)),
-        LogprobRequest(
-            request_id="2", prompt=prompt("x" * 40), token_ids=(4, 5, 6, 7, 8), steering=spec(1.0)
-        ),
-        LogprobRequest(
-            request_id="3", prompt=prompt("pic", picture), token_ids=(9, 8), steering=spec(1.0)
-        ),
+        LogprobRequest(request_id=text, prompt=one, token_ids=ids, steering=steering)
+        for text, one, ids in (
+            ("1", prompt("x"), (4,)),
+            ("2", prompt("x" * 40), (4, 5, 6, 7, 8)),
+            ("3", prompt("pic", picture), (9, 8)),
+        )
     ]
     together = engine.logprobs(asked)
     assert [len(row) for row in together] == [1, 5, 2]

@@ -1,0 +1,216 @@
+"""One engine of the benchmark, in a process of its own; JSON lines in, lines that start with @ out.
+
+Started by `spo.engines.vllm_plugin.bench`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from spo.engines.vllm import VllmEngine
+from spo.engines.vllm_plugin.bench import spread
+from spo.engines.vllm_plugin.launch import VllmSettings, start_llm
+from spo.engines.vllm_plugin.shapes import write_shape
+from spo.engines.vllm_plugin.wire import REQUEST_KEY, cache_salt
+from spo.errors import SpoError
+from spo.records import Operator, SteeringSpec
+from spo.vector import SteeringVector
+
+_NAME = "bench"
+
+
+class BenchEngine:
+    """A plain or steered engine with prompts ready to be timed."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = settings
+        self.steered = settings["engine"] == "steered"
+        shape = settings["shape"]
+        folder = write_shape(shape, Path(settings["folder"]) / f"{shape}-{settings['engine']}")
+        begin = time.monotonic()
+        start = VllmSettings(
+            dtype=settings["dtype"],
+            slots=max(8, settings["pairs"] + 1),
+            lanes=settings["lanes"],
+            capture_rows=0,
+            max_model_len=2048,
+            max_num_seqs=max(settings["batches"]),
+            kv_cache_gib=settings["kv_cache_gib"],
+            enforce_eager=settings["eager"],
+            in_process=settings["eager"],
+            # Cached prompts would make the second run of a pair faster, whatever the engine.
+            engine_options={
+                "load_format": "dummy",
+                "enable_prefix_caching": False,
+                **settings["options"],
+            },
+        )
+        self.engine: VllmEngine | None = None
+        if self.steered:
+            self.engine = VllmEngine(str(folder), settings=start)
+            self.llm = self.engine.session.llm
+        else:
+            self.llm = start_llm(str(folder), None, start, None)
+        self.start_seconds = time.monotonic() - begin
+        self.runs = 0
+        self.warm: set[int] = set()
+
+    def facts(self) -> dict[str, Any]:
+        """What is running, and how long publishing takes."""
+        import vllm
+
+        config = self.llm.llm_engine.vllm_config
+        facts: dict[str, Any] = {
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "compilation": str(config.compilation_config.mode),
+            "cudagraphs": str(config.compilation_config.cudagraph_mode),
+            "start_seconds": round(self.start_seconds, 1),
+        }
+        if torch.cuda.is_available():
+            facts["device"] = torch.cuda.get_device_name()
+        if self.engine is not None:
+            facts["runner"] = self.engine.runner
+            facts["canary"] = {k: f"{v:.3g}" for k, v in self.engine.canary.items()}
+            facts["publish_ms"] = self.publish_all()
+        return facts
+
+    def publish_all(self) -> dict[str, float]:
+        """Publish one vector for each pair; latency in milliseconds."""
+        assert self.engine is not None
+        info = self.engine.info
+        times = []
+        generator = torch.Generator().manual_seed(0)
+        for version in range(self.settings["pairs"]):
+            vector = SteeringVector(
+                layers=tuple(range(info.num_layers)),
+                directions=torch.randn(info.num_layers, info.hidden_size, generator=generator),
+                mean_norms=torch.full((info.num_layers,), info.hidden_size**0.5),
+                calibration=torch.zeros(info.num_layers, info.hidden_size),
+                model_id=info.model_id,
+                model_revision=info.model_revision,
+            )
+            begin = time.perf_counter()
+            self.engine.publish(f"{_NAME}{version}", vector, 1)
+            times.append(1e3 * (time.perf_counter() - begin))
+        return {"median": round(median(times), 2), "max": round(max(times), 2)}
+
+    def measure(self, workload: Mapping[str, Any]) -> dict[str, float]:
+        """Time one batch; the first of its size runs once before, untimed."""
+        tokens = self.settings["tokens"]
+        if workload["batch"] not in self.warm:
+            self._timed(workload["batch"], "none", 8)
+            self.warm.add(workload["batch"])
+        self.runs += 1
+        seconds, count = self._timed(workload["batch"], workload["steering"], tokens)
+        return {"seconds": seconds, "tokens": count}
+
+    def _specs(self, steering: str, i: int) -> tuple[SteeringSpec, ...]:
+        if steering == "none":
+            return ()
+        if steering == "stacked":
+            return tuple(
+                SteeringSpec(vector=f"{_NAME}{lane}", version=1, coefficient=0.02)
+                for lane in range(self.settings["lanes"])
+            )
+        pairs = self.settings["pairs"]
+        return (
+            SteeringSpec(
+                vector=f"{_NAME}{i % pairs if steering == 'pairs' else 0}",
+                version=1,
+                coefficient=spread(pairs)[i % pairs] if steering == "pairs" else 0.05,
+                operator=Operator.ADAPTIVE if steering == "adaptive" else Operator.ADD,
+            ),
+        )
+
+    def _timed(self, batch: int, steering: str, tokens: int) -> tuple[float, int]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        bindings = []
+        if self.engine is not None:
+            bindings = self.engine.desk.bind([self._specs(steering, i) for i in range(batch)])
+        jobs = []
+        for i in range(batch):
+            params = SamplingParams(
+                max_tokens=tokens,
+                temperature=0.0,
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            entry = self._prompt(i)
+            if bindings and bindings[i].lanes:
+                params.extra_args = {REQUEST_KEY: bindings[i].wire()}
+                entry["cache_salt"] = cache_salt(bindings[i].lanes)
+            key = bindings[i].key if bindings else f"{self.runs}-{i}"
+            jobs.append((key, self.llm._preprocess_cmpl_one(entry), params))
+        core = self.llm.llm_engine
+        begin = time.perf_counter()
+        for job in jobs:
+            core.add_request(*job)
+        count = 0
+        while core.has_unfinished_requests():
+            for output in core.step():
+                count += len(output.outputs[0].token_ids)
+        seconds = time.perf_counter() - begin
+        if self.engine is not None:
+            self._check(bindings, tokens)
+            self.engine.desk.release(bindings)
+        return seconds, count
+
+    def _check(self, bindings: list[Any], tokens: int) -> None:
+        """Every request was steered on every token that went through the model."""
+        assert self.engine is not None
+        steered = [binding for binding in bindings if binding.lanes]
+        if not steered:
+            return
+        for rank in self.engine.session.figures([binding.key for binding in steered]):
+            for binding, figure in zip(steered, rank, strict=True):
+                wanted = figure["until"] - figure["first"]
+                least = figure["prompt_length"] + tokens - 1
+                if set(figure["steered"]) != {wanted} or figure["until"] < least:
+                    raise SpoError(f"request {binding.key} was not steered throughout: {figure}")
+
+    def _prompt(self, i: int) -> dict[str, Any]:
+        side = self.settings["image"]
+        picture = np.random.default_rng(i).integers(0, 255, (side, side, 3), dtype=np.uint8)
+        tokenizer = self.llm.get_tokenizer()
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}
+        text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        return {
+            "prompt_token_ids": tokenizer(text).input_ids,
+            "multi_modal_data": {"image": Image.fromarray(picture)},
+        }
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    engine: BenchEngine | None = None
+    for line in sys.stdin:
+        message = json.loads(line)
+        try:
+            if "start" in message:
+                engine = BenchEngine(message["start"])
+                answer: dict[str, Any] = engine.facts()
+            else:
+                assert engine is not None
+                answer = engine.measure(message["measure"])
+        except (SpoError, RuntimeError, ValueError) as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        sys.stdout.write("@" + json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
