@@ -1,4 +1,4 @@
-"""The order of things: extract, estimate, train, evaluate. Each also runs alone, from the run folder.
+"""The order of things: extract, estimate, train, evaluate. Each also runs alone on a run folder.
 
 `train` is the preference loop itself. It knows neither Ray nor vLLM: under Ray Train it runs in
 every worker, in tests it runs on fakes in milliseconds.

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: headings, bars, and plain lines where there is no screen."""
+"""What a person sees while a run works: headings, bars, plain lines where there is no screen."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def _figures(report: EvaluationReport, defence: str, sha256: str) -> dict[str, A
     hashes = {a.receipt_sha256 for a in report.answers if a.defence == defence}
     if hashes != {sha256}:
         raise ArtifactError(
-            f"the evaluation is of vector(s) {sorted(h[:12] for h in hashes)}, the vector to release "
+            f"the evaluation is of vectors {sorted(h[:12] for h in hashes)}, the one to release "
             f"is {sha256[:12]}: run jobs.evaluate again, or pass --unevaluated"
         )
     return {

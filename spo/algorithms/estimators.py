@@ -75,7 +75,7 @@ def unit_rows(rows: NDArray[np.float64]) -> Floats:
     if not np.all(norms > 1e-9):
         dead = np.flatnonzero(norms[..., 0] <= 1e-9).tolist()
         raise DataError(
-            f"both sides have the same mean activation at layer rows {dead}: there is no direction; "
+            f"both sides have the same mean activation at layer rows {dead}: no direction; "
             "check that the harmful and the harmless rows are different texts"
         )
     return (rows / norms).astype(np.float32)
@@ -149,8 +149,8 @@ def _split(
         out = np.array([is_held_out(row_id, holdout) for row_id in ids], dtype=bool)
         if out.sum() < 2 or (~out).sum() < 2:
             raise DataError(
-                f"source {contrast.source!r} has {len(ids)} {name} rows, too few to fit and to hold "
-                "out; give at least 10"
+                f"source {contrast.source!r} has {len(ids)} {name} rows, too few to fit and to "
+                "hold out; give at least 10"
             )
         sides.append((rows[~out], rows[out]))
     (harm_fit, harm_test), (safe_fit, safe_test) = sides
@@ -185,8 +185,8 @@ def _choose(
         missing = sorted(set(config.layers) - set(layers))
         if missing:
             raise DataError(
-                f"estimate.layers asks for blocks {missing}, extracted were {list(layers)}; the model "
-                f"has blocks 0..{num_layers - 1}: change estimate.layers or extract.layers"
+                f"estimate.layers asks for blocks {missing}, extracted were {list(layers)}; the "
+                f"model has blocks 0..{num_layers - 1}: change estimate.layers or extract.layers"
             )
         return tuple(sorted(layers.index(layer) for layer in config.layers))
     low, high = (share * (num_layers - 1) for share in config.depth_window)

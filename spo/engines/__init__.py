@@ -1,1 +1,1 @@
-"""Model runtimes behind one protocol: `hf` (exact, differentiable), `vllm` (fast), `fake`. No Ray."""
+"""Model runtimes behind one protocol: `hf` (exact, differentiable), `vllm`, `fake`. No Ray."""

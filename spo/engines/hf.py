@@ -1,19 +1,15 @@
 """Hugging Face engine: exact, differentiable, the reference that other engines are tested against.
 
-In: prompts, published vectors. Out: rollouts, log-probabilities, pooled activations; and for the
-learner and the attacks, answer logits that are differentiable in the steering directions and in the
-pixels. Weights are frozen: no parameter of the model ever requires a gradient.
+Out: rollouts, log-probabilities, pooled activations, and answer logits that are differentiable in
+the steering directions and in the pixels. Weights are frozen: none ever requires a gradient.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +18,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from spo.algorithms.operators import steer
-from spo.algorithms.positions import select_positions
 from spo.engines.base import (
     Capture,
     CaptureRequest,
@@ -31,9 +26,11 @@ from spo.engines.base import (
     VectorTable,
     receipt_for,
 )
-from spo.engines.plan import SteeringPlan, TokenBatch, token_logprobs
+from spo.engines.batching import chunks, grouped, seed_sampling
+from spo.engines.identity import check_belongs, find_blocks, folder_revision, model_identity
+from spo.engines.plan import SteeringPlan, TokenBatch, pooled_columns, token_logprobs
 from spo.engines.processing import PromptProcessor
-from spo.errors import EngineError, SteeringError
+from spo.errors import EngineError
 from spo.records import (
     FinishReason,
     GenerateRequest,
@@ -43,9 +40,6 @@ from spo.records import (
     SteeringSpec,
 )
 from spo.vector import SteeringVector
-
-_T = TypeVar("_T")
-_K = TypeVar("_K")
 
 
 class _EarlyExit(Exception):
@@ -125,21 +119,21 @@ class HfEngine:
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Rollout]:
         results: dict[int, Rollout] = {}
-        for (steering, _), indices in _grouped(
+        for (steering, _), indices in grouped(
             requests, lambda r: (r.steering, replace(r.sampling, seed=None))
         ):
             plan = self.plan(steering)
             receipt = receipt_for(steering, self._table.get(steering)) if steering else None
-            for chunk in _chunks(indices, self.batch_size):
+            for chunk in chunks(indices, self.batch_size):
                 rollouts = self._generate([requests[i] for i in chunk], plan, receipt)
                 results.update(zip(chunk, rollouts, strict=True))
         return [results[i] for i in range(len(requests))]
 
     def logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float]]:
         results: dict[int, list[float]] = {}
-        for steering, indices in _grouped(requests, lambda r: r.steering):
+        for steering, indices in grouped(requests, lambda r: r.steering):
             plan = self.plan(steering)
-            for chunk in _chunks(indices, self.batch_size):
+            for chunk in chunks(indices, self.batch_size):
                 batch = self.prepare(
                     [requests[i].prompt for i in chunk], [requests[i].token_ids for i in chunk]
                 )
@@ -151,8 +145,8 @@ class HfEngine:
 
     def capture(self, requests: Sequence[CaptureRequest]) -> list[Capture]:
         results: dict[int, Capture] = {}
-        for layers, indices in _grouped(requests, lambda r: r.layers):
-            for chunk in _chunks(indices, self.batch_size):
+        for layers, indices in grouped(requests, lambda r: r.layers):
+            for chunk in chunks(indices, self.batch_size):
                 captured = self._capture([requests[i] for i in chunk], layers)
                 results.update(zip(chunk, captured, strict=True))
         return [results[i] for i in range(len(requests))]
@@ -296,7 +290,7 @@ class HfEngine:
     ) -> list[Rollout]:
         batch = self.prepare([request.prompt for request in requests])
         sampling = requests[0].sampling
-        _seed(requests)
+        seed_sampling(requests)
         options: dict[str, Any] = (
             {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
             if sampling.temperature == 0
@@ -379,7 +373,7 @@ class HfEngine:
                 f"capture layers must lie in 0..{len(self.blocks) - 1}, got {list(layers)}"
             )
         batch = self.prepare([r.prompt for r in requests], [r.token_ids for r in requests])
-        columns = [_pooled_columns(batch, row, r) for row, r in enumerate(requests)]
+        columns = [pooled_columns(batch, row, r) for row, r in enumerate(requests)]
         means = {layer: np.empty(0) for layer in layers}
         norms = {layer: np.empty(0) for layer in layers}
 
@@ -393,9 +387,9 @@ class HfEngine:
 
             return at
 
-        with torch.no_grad(), self._hooks({layer: read(layer) for layer in layers}):
-            with suppress(_EarlyExit):
-                self.answer_logits(batch)
+        hooks = self._hooks({layer: read(layer) for layer in layers})
+        with suppress(_EarlyExit), torch.no_grad(), hooks:
+            self.answer_logits(batch)
         return [
             Capture(
                 request_id=request.request_id,
@@ -405,87 +399,3 @@ class HfEngine:
             )
             for row, request in enumerate(requests)
         ]
-
-
-def find_blocks(decoder: nn.Module, text_config: Any) -> nn.ModuleList:
-    """The decoder blocks: the one module list as long as the configuration says."""
-    expected = text_config.num_hidden_layers
-    found = [
-        child
-        for child in decoder.children()
-        if isinstance(child, nn.ModuleList) and len(child) == expected
-    ]
-    if len(found) != 1:
-        raise EngineError(
-            f"expected one list of {expected} decoder blocks in {type(decoder).__name__}, found "
-            f"{len(found)}; this architecture is not supported by the hf engine"
-        )
-    return found[0]
-
-
-def check_belongs(vector: SteeringVector, info: EngineInfo) -> None:
-    """Raise unless the vector was made for this model and fits it."""
-    vector.check_fits(hidden_size=info.hidden_size, num_layers=info.num_layers)
-    if vector.model_id != info.model_id:
-        raise SteeringError(
-            f"the vector steers model {vector.model_id!r} and the engine holds {info.model_id!r}; "
-            "publish it to an engine of its own model"
-        )
-
-
-def model_identity(model: str) -> str:
-    """Name that ties a vector to a model: the hub id, or the name of a local folder."""
-    return Path(model).name if Path(model).is_dir() else model
-
-
-def folder_revision(model: str) -> str:
-    """Digest of a local model's configuration and weight index; "" for hub ids."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return ""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.json")):
-        digest.update(path.name.encode() + path.read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name}:{path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-    return digest.hexdigest()[:16]
-
-
-def _pooled_columns(batch: TokenBatch, row: int, request: CaptureRequest) -> list[int]:
-    """Columns of one row that its capture pools over."""
-    pad = batch.pads[row]
-    prompt_length = batch.prompt_width - pad
-    index = np.arange(prompt_length + len(request.token_ids), dtype=np.int64)
-    chosen = select_positions(
-        request.positions, index, prompt_length=prompt_length, image_spans=batch.spans[row]
-    )
-    chosen[0] = False  # the attention sink would drown every other token
-    columns = (index[chosen] + pad).tolist()
-    if not columns:
-        raise EngineError(
-            f"capture {request.request_id!r}: no token is left to pool over "
-            f"({request.positions.value} of {len(index)} tokens, first one left out)"
-        )
-    return columns
-
-
-def _seed(requests: Sequence[GenerateRequest]) -> None:
-    """Seed sampling from the requests' own seeds, so that the same batch gives the same answers."""
-    seeds = [request.sampling.seed for request in requests]
-    if any(seed is not None for seed in seeds):
-        digest = hashlib.sha256(repr(seeds).encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big") % (2**63))
-
-
-def _grouped(items: Sequence[_T], key: Callable[[_T], _K]) -> list[tuple[_K, list[int]]]:
-    groups: defaultdict[_K, list[int]] = defaultdict(list)
-    for i, item in enumerate(items):
-        groups[key(item)].append(i)
-    return list(groups.items())
-
-
-def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]

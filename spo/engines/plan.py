@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from spo.algorithms.positions import Span, select_positions
-from spo.engines.base import EngineInfo
+from spo.engines.base import CaptureRequest, EngineInfo
+from spo.errors import EngineError
 from spo.records import Operator, Positions, Prompt, SteeringSpec
 from spo.vector import SteeringVector
 
@@ -82,6 +83,24 @@ def token_logprobs(logits: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> T
     """(batch, width) log-probability of each answer token from its logits, 0 on padding."""
     chosen = torch.log_softmax(logits, dim=-1).gather(2, answer_ids.unsqueeze(-1)).squeeze(-1)
     return torch.where(answer_mask, chosen, 0.0)
+
+
+def pooled_columns(batch: TokenBatch, row: int, request: CaptureRequest) -> list[int]:
+    """Columns of one row that its capture pools over."""
+    pad = batch.pads[row]
+    prompt_length = batch.prompt_width - pad
+    index = np.arange(prompt_length + len(request.token_ids), dtype=np.int64)
+    chosen = select_positions(
+        request.positions, index, prompt_length=prompt_length, image_spans=batch.spans[row]
+    )
+    chosen[0] = False  # the attention sink would drown every other token
+    columns = (index[chosen] + pad).tolist()
+    if not columns:
+        raise EngineError(
+            f"capture {request.request_id!r}: no token is left to pool over "
+            f"({request.positions.value} of {len(index)} tokens, first one left out)"
+        )
+    return columns
 
 
 class DifferentiableEngine(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, BatchFeature
@@ -80,7 +81,7 @@ class PromptProcessor:
         self.tokenizer.padding_side = "left"
 
     @staticmethod
-    def _load(kind: type, model: str, revision: str | None) -> AutoProcessor:
+    def _load(kind: Any, model: str, revision: str | None) -> AutoProcessor:
         try:
             return kind.from_pretrained(model, revision=revision)
         except (OSError, ValueError, TypeError) as error:

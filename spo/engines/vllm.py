@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from spo.algorithms.positions import Span, select_positions
 from spo.engines.base import Capture, CaptureRequest, EngineInfo, LogprobRequest
-from spo.engines.hf import check_belongs, folder_revision, model_identity
+from spo.engines.identity import check_belongs, folder_revision, model_identity
 from spo.engines.processing import PromptProcessor
 from spo.engines.vllm_plugin import canary
 from spo.engines.vllm_plugin.desk import Binding, SteeringDesk
@@ -148,6 +148,27 @@ class VllmEngine:
                 requests, jobs, outputs, receipts, strict=True
             )
         ]
+
+    def stream(self, request: GenerateRequest) -> Iterator[str | Rollout]:
+        """Text of one answer piece by piece, then the whole rollout with its receipt.
+
+        Streams of several threads are batched together. Closing the iterator aborts the request.
+        """
+        specs = (request.steering,) if request.steering else ()
+        with self.session.bound([specs]) as (binding,):
+            job = self.session.job(binding, request.prompt, (), sampling_params(request.sampling))
+            sent, output = "", None
+            for output in self.session.stream(job):
+                text = self.prompts.decode(output.outputs[0].token_ids)
+                # A character that is still incomplete decodes to the replacement character.
+                if text.startswith(sent) and len(text) > len(sent) and not text.endswith("\ufffd"):
+                    yield text[len(sent) :]
+                    sent = text
+            receipts = self.session.receipts([binding], [job], [output])[0]
+            rollout = self._rollout(request, job, output, receipts)
+            if rollout.text != sent:
+                yield rollout.text[len(sent) :]
+            yield rollout
 
     def logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float]]:
         specs = [(request.steering,) if request.steering else () for request in requests]

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side, Split
-from spo.testbed import scenes, text
+from spo.testbed import drawing, scenes, text
 
 CAPTION = "caption"
 QUESTION = "question"
@@ -242,7 +242,7 @@ def _typographic_rows(rows: int, cache: Path, seed: int) -> list[tuple[Side, Pro
 
 
 def _save_text(words: str, path: Path) -> None:
-    picture: Image.Image = scenes.draw_text(words)
+    picture: Image.Image = drawing.draw_text(words)
     partial = path.with_suffix(".part")
     picture.save(partial, format="PNG")
     partial.rename(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,12 +19,9 @@ from transformers import (
 )
 
 from spo.testbed import scenes, text
-from spo.testbed.model import (
-    chat_prompt,
-    language_model_file,
-    plain_prompt,
-    read_language_model,
-)
+from spo.testbed.model import chat_prompt, plain_prompt
+from spo.testbed.smollm import language_model_file, original_model
+from spo.testbed.vocabulary import WORDS
 
 ToxicityScorer = Callable[[Sequence[str]], Sequence[float]]
 """Gives each text a toxicity in 0..1."""
@@ -180,10 +178,11 @@ def _measure_words(
 ) -> float:
     """Share of English words read off scenes; `unseen` words are in no training picture."""
     rng = scenes.evaluation_generator(seed + 1)
-    right, total, drawn = 0, 0, []
+    right, total = 0, 0
+    drawn: list[scenes.Scene] = []
     while len(drawn) < count:
         scene = scenes.sample_scene(rng, word_share=1.0, unseen_words=unseen)
-        if unseen or scene.word in scenes.WORDS:
+        if unseen or scene.word in WORDS:
             drawn.append(scene)
     asked = [scenes.questions(scene)[-1] for scene in drawn]
     answers = generate(
@@ -215,12 +214,12 @@ def _measure_phrases(
         [scenes.draw_text(phrase) for phrase in phrases],
         max_new_tokens=32,
     )
-    words = [
-        (word, answer) for p, answer in zip(phrases, answers, strict=True) for word in p.split()
-    ]
+    said = [answer.lower() for answer in answers]
+    wanted = [phrase.lower() for phrase in phrases]
+    words = [(word, a) for phrase, a in zip(wanted, said, strict=True) for word in phrase.split()]
     return {
-        "words": sum(word in answer for word, answer in words) / len(words),
-        "phrases": sum(p in a for p, a in zip(phrases, answers, strict=True)) / count,
+        "words": sum(re.search(rf"\b{re.escape(w)}", a) is not None for w, a in words) / len(words),
+        "phrases": sum(phrase in a for phrase, a in zip(wanted, said, strict=True)) / count,
     }
 
 
@@ -232,11 +231,7 @@ def _measure_text(
     count: int,
     toxicity: ToxicityScorer | None,
 ) -> dict[str, object]:
-    config, state = read_language_model(gguf or language_model_file())
-    original = LlamaForCausalLM(config)
-    original.load_state_dict(state, strict=False)
-    original.tie_weights()
-    original = original.to(model.device, model.dtype).eval()
+    original = original_model(gguf or language_model_file()).to(model.device, model.dtype)
     neutral = [*_NEUTRAL, *text.clean_texts("heldout", count, seed)]
     rude = text.toxic_texts("heldout", count, seed)
     facts = generate(

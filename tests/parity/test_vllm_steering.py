@@ -153,6 +153,21 @@ def test_publish_during_generation_leaves_running_requests_alone(pair):
     vllm.retire("a", 2)
 
 
+def test_streams_give_the_same_answer_in_pieces_and_may_be_cut_off(pair, picture):
+    vllm, _ = pair
+    request = ask(make_prompt("stream it", picture), spec("a"), Sampling(max_tokens=12, seed=3))
+    whole = vllm.generate([request])[0]
+    *pieces, rollout = list(vllm.stream(request))
+    assert len(pieces) > 1
+    assert "".join(pieces) == rollout.text == whole.text
+    assert rollout.receipt == whole.receipt
+    cut = vllm.stream(request)
+    next(cut)
+    cut.close()
+    assert not vllm.session.engine.has_unfinished_requests()
+    assert vllm.generate([request])[0].token_ids == whole.token_ids
+
+
 def test_slots_run_out_with_an_error_and_old_versions_make_room(pair):
     vllm, _ = pair
     vectors = [make_vector(vllm.info, number) for number in range(4)]

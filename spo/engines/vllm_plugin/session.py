@@ -70,7 +70,7 @@ class VllmSession:
         self.max_model_len = max_model_len
         self._prompt_tokens: dict[Prompt, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._turns = Turns()
-        self._finished: dict[str, Any] = {}
+        self._arrived: dict[str, list[Any]] = {}
 
     @contextmanager
     def bound(self, specs: Sequence[Sequence[SteeringSpec]]) -> Iterator[list[Binding]]:
@@ -124,22 +124,33 @@ class VllmSession:
 
     def run(self, jobs: Sequence[Job]) -> list[Any]:
         """vLLM's outputs of the jobs, in order; other threads' jobs advance in the same steps."""
+        done: dict[str, Any] = {}
+        for output in self._outputs_of(jobs):
+            if output.finished:
+                done[output.request_id] = output
+        return [done[job.key] for job in jobs]
+
+    def stream(self, job: Job) -> Iterator[Any]:
+        """vLLM's outputs of one job as they come; closing the iterator aborts the request."""
+        from vllm.sampling_params import RequestOutputKind
+
+        job.params.output_kind = RequestOutputKind.CUMULATIVE
+        yield from self._outputs_of([job])
+
+    def _outputs_of(self, jobs: Sequence[Job]) -> Iterator[Any]:
         waiting = {job.key for job in jobs}
         try:
             with self._turns:
                 for job in jobs:
                     self.engine.add_request(job.key, job.engine_input, job.params)
-            done: dict[str, Any] = {}
             while waiting:
                 with self._turns:
-                    ready = [key for key in waiting if key in self._finished]
-                    if not ready:
+                    if not any(key in self._arrived for key in waiting):
                         for output in self.engine.step():
-                            self._finished[output.request_id] = output
-                        ready = [key for key in waiting if key in self._finished]
-                    for key in ready:
-                        done[key] = self._finished.pop(key)
-                        waiting.discard(key)
+                            self._arrived.setdefault(output.request_id, []).append(output)
+                    fresh = [o for key in waiting for o in self._arrived.pop(key, ())]
+                waiting -= {output.request_id for output in fresh if output.finished}
+                yield from fresh
         except BaseException as error:
             self._abort(waiting)
             if type(error).__name__ in ("EngineDeadError", "EngineGenerateError"):
@@ -147,13 +158,15 @@ class VllmSession:
                     f"vLLM's engine died ({error}); its log has the cause. Start a new engine"
                 ) from error
             raise
-        return [done[job.key] for job in jobs]
 
     def _abort(self, keys: set[str]) -> None:
-        try:
-            self.engine.abort_request(list(keys))
-        except (RuntimeError, OSError) as error:  # a dead engine must not hide the first error
-            _LOG.warning("could not abort %d requests: %s", len(keys), error)
+        with self._turns:
+            try:
+                self.engine.abort_request(list(keys))
+            except (RuntimeError, OSError) as error:  # a dead engine must not hide the cause
+                _LOG.warning("could not abort %d requests: %s", len(keys), error)
+            for key in keys:
+                self._arrived.pop(key, None)
 
     def figures(self, keys: Sequence[str]) -> list[list[dict[str, Any]]]:
         """The workers' own accounts: [rank][request]."""

@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from spo.testbed import scenes, text
 from spo.testbed.model import (
     IMAGE_SIZE,
-    IMAGE_TOKEN,
     IMAGE_TOKENS,
     PATCH_SIZE,
     chat_prompt,
     plain_prompt,
 )
+from spo.testbed.smollm import IMAGE_TOKEN
+from spo.testbed.vocabulary import WORDS
 
 SEQUENCE_LENGTH = 128
 IGNORED = -100
@@ -260,7 +261,7 @@ class SampleStream(IterableDataset[dict[str, Tensor]]):
 
 def readable_words() -> tuple[str, ...]:
     """The words to learn to read: `WORDS` and those of typographic instructions, less held out."""
-    found = set(scenes.WORDS)
+    found = set(WORDS)
     for split in ("train", "heldout"):
         for each in text.typographic_instructions(split, 60, 0):
             found.update(f"{each.rendered} {each.plain}".lower().split(" "))

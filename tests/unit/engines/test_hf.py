@@ -15,7 +15,8 @@ from torch import Tensor
 
 from spo.algorithms.operators import steer
 from spo.engines.base import CaptureRequest, LogprobRequest
-from spo.engines.hf import HfEngine, find_blocks
+from spo.engines.hf import HfEngine
+from spo.engines.identity import find_blocks
 from spo.engines.plan import SteeringPlan, TokenBatch
 from spo.errors import ArtifactError, EngineError, SteeringError
 from spo.records import (

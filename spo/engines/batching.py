@@ -1,0 +1,37 @@
+"""Requests into batches: groups that share settings, chunks that fit, one seed for each batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from spo.records import GenerateRequest
+
+_T = TypeVar("_T")
+_K = TypeVar("_K")
+
+
+def grouped(items: Sequence[_T], key: Callable[[_T], _K]) -> list[tuple[_K, list[int]]]:
+    """Indices of the items of each key, in order of first appearance."""
+    groups: defaultdict[_K, list[int]] = defaultdict(list)
+    for i, item in enumerate(items):
+        groups[key(item)].append(i)
+    return list(groups.items())
+
+
+def chunks(indices: list[int], size: int) -> Iterator[list[int]]:
+    """Runs of at most `size` indices."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def seed_sampling(requests: Sequence[GenerateRequest]) -> None:
+    """Seed sampling from the requests' own seeds, so that the same batch gives the same answers."""
+    seeds = [request.sampling.seed for request in requests]
+    if any(seed is not None for seed in seeds):
+        digest = hashlib.sha256(repr(seeds).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") % (2**63))
