@@ -48,6 +48,7 @@ from spo.stages.score import RewardPool
 from spo.vector import SteeringVector
 
 STAGE1, SPO = "stage1", "spo"
+HEADLINE_METRICS = ("toxicity", "nll", "attributes", "correct")
 
 
 class Learner(Protocol):
@@ -295,7 +296,7 @@ def run_evaluate(config: RunConfig, reporter: Reporter, pools: Pools) -> None:
     )
     report = replace(report, quarantined=(*report.quarantined, *inputs.quarantined))
     save_report(report, config.run_dir / "evaluation.json")
-    reporter.note(format_table(report))
+    reporter.note(format_table(report, metrics=HEADLINE_METRICS))
 
 
 def load_artifact(config: RunConfig, name: str, pools: Pools) -> SteeringArtifact:

@@ -19,6 +19,7 @@ from spo.config import (
     RewardConfig,
     RunConfig,
 )
+from spo.engines.processing import load_image
 from spo.errors import ConfigError, DataError
 from spo.evaluation import Judge, PromptSet
 from spo.prompts import read_contrast, read_prompts
@@ -151,6 +152,8 @@ def training_prompts(
             seed=seed,
         ), []
     prompts, bad = read_prompts(Path(config.train))
+    prompts, damaged = _decodable(prompts)
+    bad += damaged
     harm = [p for p in prompts if p.kind is PromptKind.HARM][: config.harm_prompts]
     benign = [p for p in prompts if p.kind is PromptKind.BENIGN][: config.benign_prompts]
     return harm + benign, bad
@@ -216,6 +219,23 @@ def _greedy(condition: str, prompts: tuple[Prompt, ...], max_tokens: int) -> Pro
     return PromptSet(
         condition=condition, prompts=prompts, samples=1, max_tokens=max_tokens, temperature=0.0
     )
+
+
+def _decodable(prompts: list[Prompt]) -> tuple[list[Prompt], list[QuarantinedRow]]:
+    """Prompts whose picture can be decoded, and the others with the reason."""
+    reasons: dict[str, str] = {}
+    for picture in {prompt.image for prompt in prompts if prompt.image}:
+        try:
+            load_image(picture)
+        except DataError as error:
+            reasons[picture] = str(error)
+    good = [prompt for prompt in prompts if prompt.image not in reasons]
+    bad = [
+        QuarantinedRow(row_id=prompt.prompt_id, reason=reasons[prompt.image])
+        for prompt in prompts
+        if prompt.image in reasons
+    ]
+    return good, bad
 
 
 def _first_rows(rows: list[tuple[Side, Prompt]], count: int) -> list[tuple[Side, Prompt]]:

@@ -72,11 +72,8 @@ class HfEngine:
         self.prompts = PromptProcessor(model, revision)
         auto = AutoModelForImageTextToText if self.prompts.multimodal else AutoModelForCausalLM
         try:
-            self.model = auto.from_pretrained(
-                model,
-                revision=revision,
-                dtype=getattr(torch, dtype),
-            ).to(device)
+            loaded = auto.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
+            self.model = loaded.to(device)
         except (OSError, ValueError) as error:
             raise EngineError(f"cannot load the weights of {model!r}: {error}") from error
         self.model.eval().requires_grad_(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,16 @@ def load_report(path: Path) -> EvaluationReport:
         ) from error
 
 
-def format_table(report: EvaluationReport, *, width: int = 110) -> str:
-    """The report as plain text: one table for each condition, metrics down, defences across."""
+def format_table(
+    report: EvaluationReport, *, metrics: Sequence[str] | None = None, width: int = 110
+) -> str:
+    """The report as plain text: one table for each condition, metrics down, defences across.
+
+    Args:
+        report: what to show.
+        metrics: only these; None shows every metric.
+        width: columns of the terminal.
+    """
     text = io.StringIO()
     console = Console(file=text, width=width, color_system=None)
     for condition in dict.fromkeys(cell.condition for cell in report.cells):
@@ -101,6 +109,8 @@ def format_table(report: EvaluationReport, *, width: int = 110) -> str:
         for cell in cells:
             table.add_column(cell.defence, justify="right")
         for metric in dict.fromkeys(name for cell in cells for name in cell.metrics):
+            if metrics is not None and metric not in metrics:
+                continue
             table.add_row(metric, *(_table_entry(cell, metric) for cell in cells))
         console.print(table)
     console.print(

@@ -8,6 +8,7 @@ local folder in hub layout or a hub id.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -175,6 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-parity", action="store_true", help="skip loading Transformers")
     chosen = parser.parse_args(arguments)
 
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from PIL import Image
 
     from spo.engines.vllm import VllmEngine
