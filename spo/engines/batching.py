@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from spo.records import GenerateRequest
+from spo.records import GenerateRequest, Sampling
 
 _T = TypeVar("_T")
 _K = TypeVar("_K")
@@ -35,3 +35,15 @@ def seed_sampling(requests: Sequence[GenerateRequest]) -> None:
     if any(seed is not None for seed in seeds):
         digest = hashlib.sha256(repr(seeds).encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "big") % (2**63))
+
+
+def sampling_options(sampling: Sampling) -> dict[str, Any]:
+    """The same sampling in the words of Transformers' `generate`."""
+    if sampling.temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,
+    }

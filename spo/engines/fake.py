@@ -23,7 +23,7 @@ from spo.engines.base import (
     VectorTable,
     receipt_for,
 )
-from spo.engines.plan import SteeringPlan, TokenBatch, token_logprobs
+from spo.engines.plan import SteeringPlan, TokenBatch, pad_answers, token_logprobs
 from spo.records import FinishReason, GenerateRequest, Prompt, PromptKind, Rollout, SteeringSpec
 from spo.vector import SteeringVector
 
@@ -74,17 +74,14 @@ class FakeEngine:
         self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]] | None = None
     ) -> TokenBatch:
         answers = answers if answers is not None else [()] * len(prompts)
-        width = max((len(answer) for answer in answers), default=0)
-        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-        mask = torch.zeros(len(prompts), width, dtype=torch.bool)
-        for row, answer in enumerate(answers):
-            ids[row, : len(answer)] = torch.tensor(list(answer), dtype=torch.int64)
-            mask[row, : len(answer)] = True
+        ids, mask = pad_answers(answers)
         # The "tokens" of a prompt say only whether it is harmful: all that the model looks at.
         harm = torch.tensor([[int(p.kind is PromptKind.HARM)] * _PROMPT_WIDTH for p in prompts])
         return TokenBatch(
             input_ids=torch.cat([harm, ids], dim=1),
-            attention_mask=torch.ones(len(prompts), _PROMPT_WIDTH + width, dtype=torch.int64),
+            attention_mask=torch.ones(
+                len(prompts), _PROMPT_WIDTH + ids.shape[1], dtype=torch.int64
+            ),
             extras={},
             prompt_width=_PROMPT_WIDTH,
             pads=(0,) * len(prompts),

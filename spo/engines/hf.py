@@ -26,9 +26,15 @@ from spo.engines.base import (
     VectorTable,
     receipt_for,
 )
-from spo.engines.batching import chunks, grouped, seed_sampling
+from spo.engines.batching import chunks, grouped, sampling_options, seed_sampling
 from spo.engines.identity import check_belongs, find_blocks, folder_revision, model_identity
-from spo.engines.plan import SteeringPlan, TokenBatch, pooled_columns, token_logprobs
+from spo.engines.plan import (
+    SteeringPlan,
+    TokenBatch,
+    pad_answers,
+    pooled_columns,
+    token_logprobs,
+)
 from spo.engines.processing import PromptProcessor
 from spo.errors import EngineError
 from spo.records import (
@@ -40,6 +46,8 @@ from spo.records import (
     SteeringSpec,
 )
 from spo.vector import SteeringVector
+
+_PICTURE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
 
 
 class _EarlyExit(Exception):
@@ -157,7 +165,7 @@ class HfEngine:
         extras = {
             name: value.to(self.device)
             for name, value in encoded.items()
-            if name in ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
+            if name in _PICTURE_INPUTS
         }
         answers = answers if answers is not None else [()] * len(prompts)
         for prompt, answer in zip(prompts, answers, strict=True):
@@ -166,12 +174,11 @@ class HfEngine:
                     f"the answer to prompt {prompt.prompt_id!r} contains the image placeholder "
                     f"{self.prompts.image_token!r}, which stands for pixels; leave the answer out"
                 )
-        width = max((len(answer) for answer in answers), default=0)
-        answer_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-        answer_mask = torch.zeros(len(prompts), width, dtype=torch.bool)
-        for row, answer in enumerate(answers):
-            answer_ids[row, : len(answer)] = torch.tensor(list(answer), dtype=torch.int64)
-            answer_mask[row, : len(answer)] = True
+        answer_ids, answer_mask = pad_answers(answers)
+        # Qwen-VL places its rotary positions by token type; an answer is text, type 0.
+        if "image_grid_thw" in extras:
+            types = (torch.cat([input_ids, answer_ids], dim=1) == self.prompts.image_token_id).int()
+            extras["mm_token_type_ids"] = types.to(self.device)
         pads = tuple((attention.shape[1] - attention.sum(dim=1)).tolist())
         spans = tuple(
             self.prompts.spans(row[pad:].tolist()) for row, pad in zip(input_ids, pads, strict=True)
@@ -288,19 +295,6 @@ class HfEngine:
         batch = self.prepare([request.prompt for request in requests])
         sampling = requests[0].sampling
         seed_sampling(requests)
-        options: dict[str, Any] = (
-            {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-            if sampling.temperature == 0
-            else {
-                "do_sample": True,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": 0,
-            }
-        )
-        if self.prompts.image_token_id is not None:
-            # An answer with a placeholder for pixels could be neither scored nor learned from.
-            options["suppress_tokens"] = [self.prompts.image_token_id]
         extras = dict(batch.extras)
         if "pixel_values" in extras:
             extras["pixel_values"] = extras["pixel_values"].to(self.model.dtype)
@@ -313,7 +307,7 @@ class HfEngine:
                 return_dict_in_generate=True,
                 output_logits=True,
                 **extras,
-                **options,
+                **sampling_options(sampling),
             )
         answers = output.sequences[:, batch.prompt_width :]
         logprobs = torch.stack(

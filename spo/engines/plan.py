@@ -79,6 +79,17 @@ class TokenBatch:
         return mask.float() * plan.coefficient
 
 
+def pad_answers(answers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Right-padded tokens (int64, padded with 0) and their mask (bool), both (batch, width)."""
+    width = max((len(answer) for answer in answers), default=0)
+    ids = torch.zeros(len(answers), width, dtype=torch.int64)
+    mask = torch.zeros(len(answers), width, dtype=torch.bool)
+    for row, answer in enumerate(answers):
+        ids[row, : len(answer)] = torch.tensor(list(answer), dtype=torch.int64)
+        mask[row, : len(answer)] = True
+    return ids, mask
+
+
 def token_logprobs(logits: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
     """(batch, width) log-probability of each answer token from its logits, 0 on padding."""
     chosen = torch.log_softmax(logits, dim=-1).gather(2, answer_ids.unsqueeze(-1)).squeeze(-1)

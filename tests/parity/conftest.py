@@ -6,8 +6,7 @@ and ask for `engines`; asking for another model closes the one before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from PIL import Image
 
 from spo.engines.base import EngineInfo
 from spo.engines.hf import HfEngine
-from spo.engines.plan import TokenBatch
 from spo.engines.vllm import VllmEngine
 from spo.records import Prompt, PromptFormat, PromptKind
 from spo.vector import SteeringVector
@@ -39,19 +37,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     return folder
 
 
-class Reference(HfEngine):
-    """The Hugging Face engine; for M-RoPE models it also says which tokens are image tokens."""
-
-    def prepare(
-        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]] | None = None
-    ) -> TokenBatch:
-        batch = super().prepare(prompts, answers)
-        if "image_grid_thw" not in batch.extras:
-            return batch
-        types = (batch.input_ids == self.prompts.image_token_id).int()
-        return replace(batch, extras={**batch.extras, "mm_token_type_ids": types})
-
-
 class EngineCache:
     """`engines(family, **options)`: the vLLM engine with those options, and its HF reference."""
 
@@ -68,7 +53,7 @@ class EngineCache:
             # Gemma 3's processor wants one list of pictures for each text of a batch.
             batch = 1 if family == "gemma3" else 32
             settings = {"dtype": "float32", "max_model_len": 512, "kv_cache_gib": 0.05, **options}
-            self._pair = (VllmEngine(path, **settings), Reference(path, batch_size=batch))
+            self._pair = (VllmEngine(path, **settings), HfEngine(path, batch_size=batch))
             self._key = key
         return self._pair
 
