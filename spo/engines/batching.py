@@ -37,11 +37,17 @@ def seed_sampling(requests: Sequence[GenerateRequest]) -> None:
         torch.manual_seed(int.from_bytes(digest[:8], "big") % (2**63))
 
 
-def sampling_options(sampling: Sampling) -> dict[str, Any]:
-    """The same sampling in the words of Transformers' `generate`."""
+def sampling_options(sampling: Sampling, image_token_id: int | None) -> dict[str, Any]:
+    """The same sampling in the words of Transformers' `generate`.
+
+    The image placeholder is never sampled: an answer that holds a placeholder for pixels could be
+    neither scored nor learned from.
+    """
+    suppressed = {} if image_token_id is None else {"suppress_tokens": [image_token_id]}
     if sampling.temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return greedy | suppressed
+    return suppressed | {
         "do_sample": True,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
