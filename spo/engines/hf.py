@@ -177,7 +177,8 @@ class HfEngine:
         answer_ids, answer_mask = pad_answers(answers)
         # Qwen-VL places its rotary positions by token type; an answer is text, type 0.
         if "image_grid_thw" in extras:
-            types = torch.cat([input_ids, answer_ids], dim=1).eq(self.prompts.image_token_id).int()
+            is_image = torch.cat([input_ids, answer_ids], dim=1) == self.prompts.image_token_id
+            types = torch.as_tensor(is_image).int()
             extras["mm_token_type_ids"] = types.to(self.device)
         pads = tuple((attention.shape[1] - attention.sum(dim=1)).tolist())
         spans = tuple(

@@ -137,7 +137,7 @@ class VllmEngine:
         """
         with self.session.bound([specs for _, specs in requests]) as bindings:
             jobs = [
-                self.session.job(binding, request.prompt, (), sampling_params(request.sampling))
+                self.session.job(binding, request.prompt, (), self._sampled(request))
                 for (request, _), binding in zip(requests, bindings, strict=True)
             ]
             outputs = self.session.run(jobs)
@@ -149,6 +149,12 @@ class VllmEngine:
             )
         ]
 
+    def _sampled(self, request: GenerateRequest) -> Any:
+        """Parameters of a sampled answer; never an image placeholder, as in `HfEngine`."""
+        token = self.prompts.image_token_id
+        banned = {} if token is None else {"logit_bias": {token: -100.0}}
+        return sampling_params(request.sampling, **banned)
+
     def stream(self, request: GenerateRequest) -> Iterator[str | Rollout]:
         """Text of one answer piece by piece, then the whole rollout with its receipt.
 
@@ -156,7 +162,7 @@ class VllmEngine:
         """
         specs = (request.steering,) if request.steering else ()
         with self.session.bound([specs]) as (binding,):
-            job = self.session.job(binding, request.prompt, (), sampling_params(request.sampling))
+            job = self.session.job(binding, request.prompt, (), self._sampled(request))
             sent, output = "", None
             for output in self.session.stream(job):
                 text = self.prompts.decode(output.outputs[0].token_ids)
