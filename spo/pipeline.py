@@ -6,14 +6,11 @@ every worker, in tests it runs on fakes in milliseconds.
 
 from __future__ import annotations
 
-import functools
 import json
-import platform
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +22,8 @@ from spo.config import RunConfig
 from spo.errors import DataError
 from spo.evaluation import PromptSet, evaluate, format_table, save_report
 from spo.progress import Reporter, following
-from spo.records import Batch, QuarantinedRow, SteeringSpec
+from spo.provenance import keep_quarantined, save_environment
+from spo.records import Batch, SteeringSpec
 from spo.report import write_report
 from spo.resources import (
     EvaluationInputs,
@@ -95,7 +93,7 @@ def run(config: RunConfig, reporter: Reporter) -> Path:
     with Pools(config, reporter) as pools:
         run_train(config, reporter, pools)
         run_evaluate(config, reporter, pools)
-    _save_environment(config, {"total_s": time.monotonic() - begin})
+    save_environment(config, {"total_s": time.monotonic() - begin})
     path = write_report(config.run_dir)
     reporter.stage(f"Report: {path}")
     return path
@@ -126,7 +124,7 @@ def run_extract(config: RunConfig, reporter: Reporter) -> Path:
         config=config.extract,
         digest=config.digest_of("seed", "model", "extract", also=model.path),
     )
-    _quarantine(config, "extract", bad)
+    keep_quarantined(config, "extract", bad)
     return folder
 
 
@@ -165,7 +163,7 @@ def run_estimate(config: RunConfig, reporter: Reporter) -> SteeringArtifact:
         "cosines": {pair: list(values) for pair, values in result.cosines.items()},
     }
     write_atomic(config.run_dir / "separability.json", json.dumps(separability).encode())
-    _quarantine(config, "activations", found.quarantined)
+    keep_quarantined(config, "activations", found.quarantined)
     artifact = _artifact(config, vector, config.estimate.method, found.data_sha256, parent="")
     artifact.save(config.run_dir / STAGE1)
     weights = ", ".join(
@@ -216,7 +214,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
 
     start = load_artifact(config, STAGE1, pools)
     prompts, bad = training_prompts(config.data, config.cache, config.seed)
-    _quarantine(config, "training prompts", bad)
+    keep_quarantined(config, "training prompts", bad)
     reporter.stage(
         f"Refine by {config.learn.objective}: {config.learn.steps} steps of "
         f"{config.rollout.harm_prompts}+{config.rollout.benign_prompts} prompts x "
@@ -254,8 +252,11 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     digest = config.digest_of(
         *("seed", "data", "steering", "rollout", "reward", "learn"), also=start.vector.sha256
     )
+    name = f"train-{digest}"
+    if not (config.run_dir / name).is_dir():
+        history.unlink(missing_ok=True)  # of another configuration, whose checkpoints stay
     with following(history, show):
-        vector = fit(settings, train, name=f"train-{digest}", storage=config.run_dir)
+        vector = fit(settings, train, name=name, storage=config.run_dir)
     ray.kill(coordinator)
     method = f"{config.learn.objective} from {config.estimate.method}"
     artifact = _artifact(config, vector, method, start.data_sha256, parent=start.vector.sha256)
@@ -370,31 +371,3 @@ def _artifact(
         config_digest=config.digest,
         parent=parent,
     )
-
-
-def _quarantine(config: RunConfig, where: str, rows: Iterable[QuarantinedRow]) -> None:
-    """Keep unusable rows with their reasons in quarantine.json, by place."""
-    path = config.run_dir / "quarantine.json"
-    kept = json.loads(path.read_text()) if path.is_file() else {}
-    kept[where] = [asdict(row) for row in rows]
-    write_atomic(path, json.dumps(kept, indent=2).encode())
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    names = ("ray", "torch", "transformers", "detoxify", "open-clip-torch")
-    found = {name: version(name) for name in names}
-    import vllm
-
-    return {**found, "vllm": vllm.__version__, "python": platform.python_version()}
-
-
-def _save_environment(config: RunConfig, seconds: Mapping[str, float]) -> None:
-    content = {
-        "versions": _versions(),
-        "machine": platform.platform(),
-        "cpus": torch.get_num_threads(),
-        "seconds": dict(seconds),
-        "config_digest": config.digest,
-    }
-    write_atomic(config.run_dir / "environment.json", json.dumps(content, indent=2).encode())

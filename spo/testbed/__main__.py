@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     measure = add("measure", _measure)
     for command in (assemble, measure):
         command.add_argument("--cache", type=Path, default=Path(DEFAULT_CACHE), help="model folder")
-    measure.add_argument("--scenes", type=int, default=200, help="unseen scenes to measure on")
+    measure.add_argument("--scenes", type=int, default=48, help="unseen scenes to measure on")
     measure.add_argument("--seed", type=int, default=0, help="seed of the unseen scenes")
     measure.add_argument("--rtp", type=Path, help="folder with RealToxicityPrompts .jsonl files")
     measure.add_argument("--skip-vlm", action="store_true", help="leave the language model out")
