@@ -43,6 +43,11 @@ def main(
         # An error that crossed Ray carries the remote traceback in its text; people need the cause.
         print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if os.environ.get("SPO_TRACEBACK"):
+            raise
+        print(f"error: {error}; check the path and the free space", file=sys.stderr)
+        sys.exit(1)
 
 
 @contextmanager

@@ -112,7 +112,8 @@ class EngineConfig(_Slice):
     backend: Literal["vllm", "hf", "fake"] = "vllm"
     replicas: Positive = 1
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    max_model_len: Positive = 512
+    max_model_len: Positive = 2048
+    """Longest prompt and answer, picture tokens included."""
     max_num_seqs: Positive = 64
     memory_gib: Annotated[float, Field(gt=0)] = 2.0
     """Cache memory of the engine on a CPU; on a GPU see `gpu_memory_utilization`."""
@@ -173,9 +174,11 @@ class LearnConfig(_Slice):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     micro_batch: Positive = 16
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    workers: Annotated[int, Field(ge=0)] = 1
-    """Ray Train workers; 0 runs in the driver (Train's local mode)."""
+    workers: Positive = 1
+    """Ray Train workers; each learns from its share of a batch's groups."""
     use_gpu: bool = False
+    num_gpus: Annotated[float, Field(gt=0)] = 1.0
+    """GPU share of each worker, with `use_gpu`; below 1 it shares a card with an engine."""
     max_failures: Annotated[int, Field(ge=0)] = 2
 
 

@@ -19,6 +19,7 @@ import torch
 from spo.algorithms.estimators import estimate
 from spo.artifact import SteeringArtifact, write_atomic
 from spo.config import RunConfig
+from spo.engines.identity import folder_revision
 from spo.errors import DataError
 from spo.evaluation import PromptSet, evaluate, format_table, save_report
 from spo.progress import Reporter, following
@@ -39,7 +40,7 @@ from spo.resources import (
 )
 from spo.stages.attack import AttackJob, run_attack
 from spo.stages.coordinator import Coordinator, CoordinatorActor
-from spo.stages.extract import extract, load_activations
+from spo.stages.extract import digest_of_rows, extract, load_activations
 from spo.stages.learn import TrainLoopSettings, Update, fit
 from spo.stages.rollout import RolloutPool
 from spo.stages.score import RewardPool
@@ -88,6 +89,7 @@ def run(config: RunConfig, reporter: Reporter) -> Path:
     """Everything, end to end; returns the report's path. Finished stages are reused."""
     begin = time.monotonic()
     prepare(config)
+    check_inputs(config)
     run_extract(config, reporter)
     run_estimate(config, reporter)
     with Pools(config, reporter) as pools:
@@ -97,6 +99,13 @@ def run(config: RunConfig, reporter: Reporter) -> Path:
     path = write_report(config.run_dir)
     reporter.stage(f"Report: {path}")
     return path
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Find bad input of the late stages before the early ones spend their time."""
+    evaluation_inputs(config)
+    training_prompts(config.data, config.cache, config.seed)
+    open_judge(config.evaluate)
 
 
 def prepare(config: RunConfig) -> None:
@@ -116,13 +125,14 @@ def run_extract(config: RunConfig, reporter: Reporter) -> Path:
     model = resolve_model(config.model, config.cache)
     rows, bad = contrast_rows(config)
     reporter.stage(f"Extract activations of {len(rows)} rows")
+    content = digest_of_rows(rows) + folder_revision(model.path)
     folder = extract(
         rows,
         config.run_dir / "activations",
         model=model.path,
         revision=model.revision,
         config=config.extract,
-        digest=config.digest_of("seed", "model", "extract", also=model.path),
+        digest=config.digest_of("seed", "model", "extract", also=model.path + content),
     )
     keep_quarantined(config, "extract", bad)
     return folder
@@ -195,12 +205,16 @@ class Pools:
             prefix=self.prefix,
             seed=config.seed,
         )
-        self.rewards = RewardPool.start(
-            toxicity_arguments(config.reward, config.cache),
-            alignment_arguments(config.reward, config.cache),
-            config.reward,
-            prefix=self.prefix,
-        )
+        try:
+            self.rewards = RewardPool.start(
+                toxicity_arguments(config.reward, config.cache),
+                alignment_arguments(config.reward, config.cache),
+                config.reward,
+                prefix=self.prefix,
+            )
+        except BaseException:
+            self.rollouts.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -220,7 +234,12 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
         f"{config.rollout.harm_prompts}+{config.rollout.benign_prompts} prompts x "
         f"{config.rollout.group_size} answers"
     )
-    history = config.run_dir / "history.jsonl"
+    digest = config.digest_of(
+        *("seed", "data", "steering", "rollout", "reward", "learn"),
+        also=start.vector.sha256 + repr(prompts),
+    )
+    history = config.run_dir / f"history-{digest}.jsonl"
+    history.touch()
     coordinator = (
         ray.remote(CoordinatorActor)
         .options(name=f"{pools.prefix}-coordinator", num_cpus=0, max_restarts=1)
@@ -249,14 +268,9 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
             f"kl {figures['kl']:.3f}",
         )
 
-    digest = config.digest_of(
-        *("seed", "data", "steering", "rollout", "reward", "learn"), also=start.vector.sha256
-    )
-    name = f"train-{digest}"
-    if not (config.run_dir / name).is_dir():
-        history.unlink(missing_ok=True)  # of another configuration, whose checkpoints stay
     with following(history, show):
-        vector = fit(settings, train, name=name, storage=config.run_dir)
+        vector = fit(settings, train, name=f"train-{digest}", storage=config.run_dir)
+    write_atomic(config.run_dir / "history.jsonl", history.read_bytes())
     ray.kill(coordinator)
     method = f"{config.learn.objective} from {config.estimate.method}"
     artifact = _artifact(config, vector, method, start.data_sha256, parent=start.vector.sha256)
@@ -305,7 +319,8 @@ def load_artifact(config: RunConfig, name: str, pools: Pools) -> SteeringArtifac
     folder = config.run_dir / name
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist; run jobs.estimate (or jobs.pipeline) first")
-    return SteeringArtifact.load(folder, model_id=pools.rollouts.info.model_id)
+    held = pools.rollouts.info
+    return SteeringArtifact.load(folder, model_id=held.model_id, model_revision=held.model_revision)
 
 
 def _attacked(
@@ -316,7 +331,8 @@ def _attacked(
         return []
     attack = config.evaluate.attack
     folder = config.run_dir / "attack"
-    digest = config.digest_of("seed", "data", also=pools.model.path + attack.model_dump_json())
+    material = [pools.model.path, attack.model_dump_json(), repr(inputs.attack_targets)]
+    digest = config.digest_of("seed", "data", also="|".join(material))
     curve_path = config.run_dir / "attack.json"
     if not curve_path.is_file() or json.loads(curve_path.read_text())["digest"] != digest:
         reporter.note(f"picture attack: {attack.steps} PGD steps, epsilon {attack.epsilon_255}/255")

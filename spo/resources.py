@@ -99,6 +99,12 @@ def contrast_rows(config: RunConfig) -> tuple[list[ContrastRow], list[Quarantine
     """Every row that Stage I reads: all sources, and the calibration generations."""
     from spo.testbed import data
 
+    names = [source.path.stem if source.path else source.kind for source in config.extract.sources]
+    if len(set(names)) < len(names) or CALIBRATION in names:
+        raise ConfigError(
+            f"extract.sources need different names other than {CALIBRATION!r}, got {names}; "
+            "a file's source is named after the file: rename it"
+        )
     rows: list[ContrastRow] = []
     bad: list[QuarantinedRow] = []
     for number, source in enumerate(config.extract.sources):

@@ -4,8 +4,8 @@ Shapes: N rows of a side, L layers, D hidden width. Every estimator takes the tw
 contrast and returns unit directions (L, D) that point towards harm. Sources are normalised before
 they are summed, so that a source with large activations does not outvote the others. At every layer
 a source counts as much as its own direction separates its own held-out rows, so a source that the
-model does not represent there adds no noise; the weights are reported. Separability is always
-measured on rows that the direction was not computed from.
+model does not represent there adds no noise; the weights are reported. Separability is measured on
+the same held-out rows, which no direction was fitted to; only those few source weights saw them.
 """
 
 from __future__ import annotations

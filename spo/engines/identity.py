@@ -37,6 +37,12 @@ def check_belongs(vector: SteeringVector, info: EngineInfo) -> None:
             f"the vector steers model {vector.model_id!r} and the engine holds {info.model_id!r}; "
             "publish it to an engine of its own model"
         )
+    made, held = vector.model_revision, info.model_revision
+    if made and held and made != held:
+        raise SteeringError(
+            f"the vector was made on revision {made!r} of {info.model_id!r} and the engine holds "
+            f"{held!r}; make the vector again on this revision"
+        )
 
 
 def model_identity(model: str) -> str:

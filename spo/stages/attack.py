@@ -69,7 +69,7 @@ def attack_picture(job: AttackJob) -> dict[str, Any]:
 
 def run_attack(job: AttackJob, *, timeout_s: float) -> dict[str, Any]:
     """`attack_picture` on the cluster."""
-    share = {"num_cpus": 2, "num_gpus": 1 if job.learn.use_gpu else 0}
+    share = {"num_cpus": 0.1, "num_gpus": job.learn.num_gpus if job.learn.use_gpu else 0}
     reference = ray.remote(attack_picture).options(**share).remote(job)
     try:
         curve: dict[str, Any] = ray.get(reference, timeout=timeout_s)

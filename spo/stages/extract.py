@@ -92,7 +92,8 @@ class ActivationExtractor:
         usable: list[ContrastRow] = []
         for row in rows:
             try:
-                self._engine.prompts.encode([row.prompt])
+                if len(self._engine.prompts.prompt_tokens(row.prompt)) < 2:
+                    raise DataError("one token only, and the first is never pooled: too short")
                 usable.append(row)
             except DataError as error:
                 captured[row.prompt.prompt_id] = (b"", b"", 0, str(error))
@@ -245,6 +246,11 @@ def load_activations(folder: Path, weights: Mapping[str, float]) -> Activations:
     )
 
 
+def digest_of_rows(rows: Sequence[ContrastRow]) -> str:
+    """Content hash of all rows, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(map(row_to_json, rows))).encode()).hexdigest()
+
+
 def row_to_json(row: ContrastRow) -> str:
     """One row as JSON text."""
     return json.dumps(asdict(row))
@@ -286,13 +292,12 @@ def _finish(folder: Path, rows: Sequence[ContrastRow], config: ExtractConfig, di
     if all(reasons):
         raise DataError(f"no row could be used; first reason: {reasons[0]}")
     model = json.loads(table["model"][0].as_py())
-    texts = sorted(map(row_to_json, rows))
     manifest = {
         "digest": digest,
         "rows": len(rows),
         "quarantined": sum(bool(reason) for reason in reasons),
         "layers": list(config.layers or range(model["num_layers"])),
-        "data_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+        "data_sha256": digest_of_rows(rows),
         "model": model,
     }
     write_atomic(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())

@@ -47,6 +47,15 @@ class Update:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scale:
+    """What a sum of losses is divided by."""
+
+    answers: float
+    units: float
+    """What the objective counts: answers, or informative groups."""
+
+
 class VectorLearner:
     """Trains steering directions on a frozen model.
 
@@ -93,11 +102,16 @@ class VectorLearner:
         begin = time.monotonic()
         self._optimizer.zero_grad()
         groups = batch.groups[rank::world]
-        total = max(sum(len(group) for group in groups), 1)
+        objective = OBJECTIVES[self._config.objective]
+        # Counts of the whole batch over workers: the averaged gradient is then one worker's.
+        units = sum(objective.units(_rewards(group), self._config) for group in batch.groups)
+        scale = _Scale(
+            answers=max(sum(map(len, batch.groups)), 1) / world, units=max(units, 1) / world
+        )
         sums = {"loss": 0.0, "kl": 0.0, "tokens": 0.0, "gap": 0.0}
         size = max(1, self._config.micro_batch // max(map(len, groups), default=1))
         for start in range(0, len(groups), size):
-            self._accumulate(groups[start : start + size], total, sums)
+            self._accumulate(groups[start : start + size], scale, sums)
         grad_norm = self._step(batch.step)
         tokens = max(sums["tokens"], 1.0)
         return Update(
@@ -105,13 +119,13 @@ class VectorLearner:
             loss=sums["loss"],
             kl=sums["kl"] / tokens,
             grad_norm=grad_norm,
-            sequences=total,
+            sequences=sum(map(len, groups)),
             logprob_gap=sums["gap"] / tokens,
             seconds=time.monotonic() - begin,
         )
 
     def _accumulate(
-        self, groups: Sequence[Sequence[ScoredRollout]], total: int, sums: dict[str, float]
+        self, groups: Sequence[Sequence[ScoredRollout]], scale: _Scale, sums: dict[str, float]
     ) -> None:
         scored = [item for group in groups for item in group]
         batch = self._engine.prepare(
@@ -130,9 +144,8 @@ class VectorLearner:
         weights = torch.where(benign, self._config.kl_weight, self._config.kl_weight_harm)
         per_sequence = kl.sum(dim=1) / batch.answer_mask.sum(dim=1).clamp_min(1)
         tensors = _in_groups(groups, policy.sum(dim=1), base.sum(dim=1))
-        share = len(scored) / total
-        objective = OBJECTIVES[self._config.objective](tensors, self._config)
-        loss = share * (objective + (weights * per_sequence).mean())
+        objective = OBJECTIVES[self._config.objective].loss(tensors, self._config)
+        loss = objective / scale.units + (weights * per_sequence).sum() / scale.answers
         if not torch.isfinite(loss):
             raise StageError(
                 "the loss is not finite: expected finite log-probabilities and rewards; lower "
@@ -158,7 +171,10 @@ class VectorLearner:
 
     def _step(self, step: int) -> float:
         if self._parameter.grad is None:
-            raise StageError(f"step {step} has no rollouts to learn from; see the dropped counts")
+            if self._all_reduce is None:
+                raise StageError(f"step {step} has no rollouts to learn from; see what was dropped")
+            # Fewer groups than workers: this one has none, and the others wait for its share.
+            self._parameter.grad = torch.zeros_like(self._parameter)
         if self._all_reduce is not None:
             self._all_reduce(self._parameter.grad)
         norm = float(nn.utils.clip_grad_norm_([self._parameter], self._config.max_grad_norm))
@@ -206,6 +222,10 @@ def _token_kl(logits: Tensor, reference: Tensor) -> Tensor:
     """(batch, width) KL(steered || unsteered) over the vocabulary."""
     steered = torch.log_softmax(logits, dim=-1)
     return (steered.exp() * (steered - torch.log_softmax(reference, dim=-1))).sum(dim=-1)
+
+
+def _rewards(group: Sequence[ScoredRollout]) -> list[float]:
+    return [item.reward.total for item in group if item.reward.total is not None]
 
 
 def _in_groups(
@@ -269,7 +289,13 @@ def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: Path) ->
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"settings": settings, "loop": loop},
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=config.use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.use_gpu,
+            # It works while the engines wait, so it asks for next to no CPU of its own.
+            resources_per_worker={"CPU": 0.1}
+            | ({"GPU": config.num_gpus} if config.use_gpu else {}),
+        ),
         run_config=RunConfig(
             name=name,
             storage_path=str(storage),

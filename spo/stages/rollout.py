@@ -78,13 +78,17 @@ class RolloutPool:
     Args:
         actors: handles of `EngineActor`s.
         request_timeout_s: longest wait for one engine's share of a call.
+        start_timeout_s: longest wait for an engine to load its model, also after a restart.
     """
 
-    def __init__(self, actors: Sequence[Any], *, request_timeout_s: float) -> None:
+    def __init__(
+        self, actors: Sequence[Any], *, request_timeout_s: float, start_timeout_s: float
+    ) -> None:
         if not actors:
             raise StageError("a rollout pool needs at least one engine, got none")
         self._actors = list(actors)
         self._timeout_s = request_timeout_s
+        self._start_timeout_s = start_timeout_s
         self._published: dict[tuple[str, int], bytes] = {}
 
     @classmethod
@@ -103,23 +107,32 @@ class RolloutPool:
             ).remote(model, revision, config, seed + i)
             for i in range(config.replicas)
         ]
-        pool = cls(actors, request_timeout_s=config.request_timeout_s)
-        pool.wait_ready(config.start_timeout_s)
+        pool = cls._of(actors, config)
+        pool.wait_ready()
         return pool
 
     @classmethod
     def connect(cls, prefix: str, config: EngineConfig) -> RolloutPool:
         """A pool over engines that another process of the same job started."""
         actors = [ray.get_actor(f"{prefix}-engine-{i}") for i in range(config.replicas)]
-        return cls(actors, request_timeout_s=config.request_timeout_s)
+        return cls._of(actors, config)
+
+    @classmethod
+    def _of(cls, actors: Sequence[Any], config: EngineConfig) -> RolloutPool:
+        return cls(
+            actors,
+            request_timeout_s=config.request_timeout_s,
+            start_timeout_s=config.start_timeout_s,
+        )
 
     @property
     def info(self) -> EngineInfo:
         info: EngineInfo = ray.get(self._actors[0].info.remote(), timeout=self._timeout_s)
         return info
 
-    def wait_ready(self, timeout_s: float) -> None:
+    def wait_ready(self) -> None:
         """Wait for every engine to load its model."""
+        timeout_s = self._start_timeout_s
         waiting = [actor.info.remote() for actor in self._actors]
         try:
             ray.get(waiting, timeout=timeout_s)
@@ -196,18 +209,32 @@ class RolloutPool:
                     raise EngineError(
                         f"engine {i} failed {attempt} times, last: {error}"
                     ) from error
-                time.sleep(attempt)
+                self._await_back(i)
                 self._republish(i)
                 reference = send(self._actors[i])
         raise AssertionError("unreachable: the last attempt returns or raises")
 
+    def _await_back(self, i: int) -> None:
+        """Wait until a restarting engine has loaded its model again."""
+        end = time.monotonic() + self._start_timeout_s
+        while True:
+            try:
+                ray.get(self._actors[i].info.remote(), timeout=max(1.0, end - time.monotonic()))
+                return
+            except (ActorUnavailableError, GetTimeoutError) as error:
+                if time.monotonic() > end:
+                    raise EngineError(
+                        f"engine {i} was lost and not back after {self._start_timeout_s:.0f} s; "
+                        "see its log, or raise engine.start_timeout_s"
+                    ) from error
+                time.sleep(1.0)
+            except ActorDiedError as error:
+                raise EngineError(f"engine {i} died and is not restarted: {error}") from error
+
     def _republish(self, i: int) -> None:
         for (name, version), data in self._published.items():
             reference = self._actors[i].publish.remote(name, data, version)
-            try:
-                ray.get(reference, timeout=self._timeout_s)
-            except (ActorDiedError, ActorUnavailableError):
-                return  # not back yet: the next attempt tries again
+            ray.get(reference, timeout=self._timeout_s)
 
 
 def _send_share(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,6 +79,8 @@ class RewardPool:
         ]
         try:
             ray.get([actor.ready.remote() for actor in actors], timeout=config.timeout_s)
+        except (ActorDiedError, ActorUnavailableError) as error:
+            raise ScorerError(f"a reward model cannot be loaded: {error}") from error
         except GetTimeoutError as error:
             raise StageError(
                 f"waited {config.timeout_s} s for {len(actors)} scorer(s) to load; free resources: "
@@ -127,5 +130,22 @@ class RewardPool:
                 if attempt == _MAX_TRIES:
                     raise ScorerError(f"scorer {i} was lost {attempt} times: {error}") from error
                 other = self._actors[(i + attempt) % len(self._actors)]
+                self._await_back(other)
                 reference = other.score.remote(rollouts)
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _await_back(self, actor: Any) -> None:
+        """Wait until a restarting scorer has loaded its models again."""
+        end = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                ray.get(actor.ready.remote(), timeout=max(1.0, end - time.monotonic()))
+                return
+            except (ActorUnavailableError, GetTimeoutError) as error:
+                if time.monotonic() > end:
+                    raise ScorerError(
+                        f"a scorer was lost and not back after {self._timeout_s:.0f} s: {error}"
+                    ) from error
+                time.sleep(1.0)
+            except ActorDiedError as error:
+                raise ScorerError(f"a scorer died and is not restarted: {error}") from error

@@ -215,3 +215,35 @@ def test_training_without_benign_prompts_is_refused() -> None:
             reward=RewardConfig(),
             seed=0,
         )
+
+
+@pytest.mark.parametrize("objective", ["rloo", "dpo"])
+def test_the_step_depends_neither_on_micro_batches_nor_on_the_number_of_workers(
+    objective: str,
+) -> None:
+    """Three workers with unequal shares, their gradients averaged, take the step of one."""
+    engine = FakeEngine()
+    batch = coordinator(engine).batch(0, start_vector(engine))
+
+    def gradient(micro_batch: int, world: int) -> torch.Tensor:
+        parts = []
+        for rank in range(world):
+            config = LearnConfig(objective=objective, micro_batch=micro_batch, max_grad_norm=1e9)
+            kept: list[torch.Tensor] = []
+            one = VectorLearner(
+                engine,
+                start_vector(engine),
+                steering=STEERING,
+                config=config,
+                all_reduce=lambda grad, kept=kept: kept.append(grad.clone()),
+            )
+            one.update(batch, rank=rank, world=world)
+            parts += kept
+        return torch.stack(parts).mean(dim=0)
+
+    whole = gradient(micro_batch=1000, world=1)
+    assert whole.norm() > 0
+    assert torch.allclose(gradient(micro_batch=4, world=1), whole, atol=1e-6)
+    assert torch.allclose(gradient(micro_batch=1000, world=4), whole, atol=1e-6)
+    # More workers than groups: some have nothing to learn from and wait for nobody.
+    assert torch.allclose(gradient(micro_batch=1000, world=8), whole, atol=1e-6)

@@ -16,7 +16,7 @@ from spo.engines.processing import PromptProcessor, check_same_tokens, load_imag
 from spo.engines.vllm_plugin.desk import Binding, Seen, SteeringDesk
 from spo.engines.vllm_plugin.turns import Turns
 from spo.engines.vllm_plugin.wire import REQUEST_KEY, cache_salt
-from spo.errors import ArtifactError, EngineError, SteeringError
+from spo.errors import ArtifactError, DataError, EngineError, SteeringError
 from spo.records import Prompt, Sampling, SteeringReceipt, SteeringSpec
 
 _LOG = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class VllmSession:
         tokens = (*expanded, *answer)
         limit = self.max_model_len
         if len(tokens) + params.max_tokens > limit:
-            raise EngineError(
+            raise DataError(
                 f"prompt {prompt.prompt_id!r} has {len(tokens)} tokens and {params.max_tokens} "
                 f"more are asked for, together over max_model_len={limit}; shorten it or raise "
                 "the limit"

@@ -30,10 +30,10 @@ def test_rloo_by_hand() -> None:
     policy = torch.tensor([[-1.0, -2.0, -3.0]], requires_grad=True)
     loss = rloo(groups(policy, [[1.0, 0.0, 0.5]]), CONFIG)
     # Advantages: 1 - .25, 0 - .75, .5 - .5.
-    assert loss.item() == pytest.approx(-(0.75 * -1.0 + -0.75 * -2.0 + 0.0) / 3)
+    assert loss.item() == pytest.approx(-(0.75 * -1.0 + -0.75 * -2.0 + 0.0))
     loss.backward()
     assert policy.grad is not None
-    assert policy.grad.tolist()[0] == pytest.approx([-0.25, 0.25, 0.0])
+    assert policy.grad.tolist()[0] == pytest.approx([-0.75, 0.75, 0.0])
 
 
 def test_dpo_by_hand() -> None:
@@ -47,7 +47,7 @@ def test_descent_raises_the_better_answer_and_a_swap_reverses_it(name: str) -> N
     gradients = []
     for rewards in ([[1.0, 0.0]], [[0.0, 1.0]]):
         policy = torch.tensor([[-1.5, -1.5]], requires_grad=True)
-        OBJECTIVES[name](groups(policy, rewards), CONFIG).backward()
+        OBJECTIVES[name].loss(groups(policy, rewards), CONFIG).backward()
         assert policy.grad is not None
         gradients.append(policy.grad.clone())
     assert gradients[0][0, 0] < 0 < gradients[0][0, 1]
@@ -57,7 +57,7 @@ def test_descent_raises_the_better_answer_and_a_swap_reverses_it(name: str) -> N
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_equal_rewards_give_no_gradient(name: str) -> None:
     policy = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-    OBJECTIVES[name](groups(policy, [[0.3, 0.3]]), CONFIG).backward()
+    OBJECTIVES[name].loss(groups(policy, [[0.3, 0.3]]), CONFIG).backward()
     assert policy.grad is not None
     assert policy.grad.abs().max() == 0
 
@@ -66,9 +66,11 @@ def test_equal_rewards_give_no_gradient(name: str) -> None:
 def test_masked_answers_do_not_count(name: str) -> None:
     """A padded third answer with the best reward must change nothing."""
     short = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-    OBJECTIVES[name](groups(short, [[1.0, 0.0]]), CONFIG).backward()
+    OBJECTIVES[name].loss(groups(short, [[1.0, 0.0]]), CONFIG).backward()
     padded = torch.tensor([[-1.0, -2.0, -9.0]], requires_grad=True)
-    OBJECTIVES[name](groups(padded, [[1.0, 0.0, 5.0]], [[True, True, False]]), CONFIG).backward()
+    OBJECTIVES[name].loss(
+        groups(padded, [[1.0, 0.0, 5.0]], [[True, True, False]]), CONFIG
+    ).backward()
     assert short.grad is not None
     assert padded.grad is not None
     assert padded.grad[0, 2] == 0
@@ -81,3 +83,9 @@ def test_dpo_leaves_out_pairs_below_the_margin() -> None:
     assert policy.grad is not None
     assert policy.grad[0].abs().max() == 0
     assert policy.grad[1].abs().max() > 0
+
+
+def test_units_are_what_the_sums_are_made_of() -> None:
+    assert OBJECTIVES["rloo"].units([0.1, 0.2, 0.3], CONFIG) == 3
+    assert OBJECTIVES["dpo"].units([0.1, 0.15], CONFIG) == 0
+    assert OBJECTIVES["dpo"].units([0.1, 0.9], CONFIG) == 1
