@@ -60,9 +60,8 @@ class VectorLearner:
     """Trains steering directions on a frozen model.
 
     The parameter is the vector in dose units (direction / mean hidden norm of its layer), so one
-    learning rate fits layers whose activations differ in size by orders of magnitude; it is moved
-    by Adam with `learning_rate / sqrt(hidden)` for each coordinate, so that one step changes a
-    layer's dose by about `learning_rate`.
+    learning rate fits layers of any size; Adam moves each coordinate by `learning_rate /
+    sqrt(hidden)`, so that one step changes a layer's dose by about `learning_rate`.
 
     Args:
         engine: gives differentiable logits.
@@ -293,8 +292,7 @@ def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: Path) ->
             num_workers=config.workers,
             use_gpu=config.use_gpu,
             # It works while the engines wait, so it asks for next to no CPU of its own.
-            resources_per_worker={"CPU": 0.1}
-            | ({"GPU": config.num_gpus} if config.use_gpu else {}),
+            resources_per_worker={"CPU": 0.1, "GPU": config.num_gpus * config.use_gpu},
         ),
         run_config=RunConfig(
             name=name,
@@ -314,7 +312,6 @@ def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: Path) ->
 
 
 def _worker(train_loop_config: Mapping[str, Any]) -> None:
-    """Body of one Ray Train worker."""
     import ray
     from ray import train
 
