@@ -49,11 +49,10 @@ class Update:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Scale:
-    """What a sum of losses is divided by."""
+    """What a sum of losses is divided by; `units` are what the objective counts."""
 
     answers: float
     units: float
-    """What the objective counts: answers, or informative groups."""
 
 
 class VectorLearner:
@@ -292,7 +291,8 @@ def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: Path) ->
             num_workers=config.workers,
             use_gpu=config.use_gpu,
             # It works while the engines wait, so it asks for next to no CPU of its own.
-            resources_per_worker={"CPU": 0.1, "GPU": config.num_gpus * config.use_gpu},
+            resources_per_worker={"CPU": 0.1}
+            | ({"GPU": config.num_gpus} if config.use_gpu else {}),
         ),
         run_config=RunConfig(
             name=name,
