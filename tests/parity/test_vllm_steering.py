@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spo.engines.base import LogprobRequest
-from spo.errors import ArtifactError, EngineError, SteeringError
+from spo.errors import ArtifactError, DataError, SteeringError
 from spo.records import GenerateRequest, Operator, Positions, Sampling, SteeringSpec
 from tests.parity.conftest import make_prompt, make_vector
 
@@ -201,7 +201,7 @@ def test_bad_requests_are_refused_before_the_engine_and_name_what_is_allowed(pai
         with pytest.raises(SteeringError, match=words):
             vllm.generate([ask(prompt), ask(prompt, steering)])
         assert not vllm.session.engine.has_unfinished_requests()
-    with pytest.raises(EngineError, match="max_model_len"):
+    with pytest.raises(DataError, match="max_model_len"):
         vllm.generate([ask(make_prompt("word " * 600))])
     assert vllm.generate([ask(prompt)])[0].receipt is None
 
