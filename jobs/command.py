@@ -64,7 +64,8 @@ def cluster(config: RunConfig) -> Iterator[None]:
     # they wait would stop the others (measured: twenty times slower).
     threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE"}
     ray.init(
-        address=config.ray.address,
+        # "local" by name: without it Ray joins any cluster that it finds on this machine.
+        address="local" if local else config.ray.address,
         num_cpus=cpus if local else None,
         namespace=config.ray.namespace,
         log_to_driver=bool(os.environ.get("SPO_WORKER_LOGS")),
