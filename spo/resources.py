@@ -19,7 +19,7 @@ from spo.config import (
     RewardConfig,
     RunConfig,
 )
-from spo.engines.processing import load_image
+from spo.engines.processing import undecodable
 from spo.errors import ConfigError, DataError
 from spo.evaluation import Judge, PromptSet
 from spo.prompts import read_contrast, read_prompts
@@ -229,12 +229,7 @@ def _greedy(condition: str, prompts: tuple[Prompt, ...], max_tokens: int) -> Pro
 
 def _decodable(prompts: list[Prompt]) -> tuple[list[Prompt], list[QuarantinedRow]]:
     """Prompts whose picture can be decoded, and the others with the reason."""
-    reasons: dict[str, str] = {}
-    for picture in {prompt.image for prompt in prompts if prompt.image}:
-        try:
-            load_image(picture)
-        except DataError as error:
-            reasons[picture] = str(error)
+    reasons = undecodable(prompts)
     good = [prompt for prompt in prompts if prompt.image not in reasons]
     bad = [
         QuarantinedRow(row_id=prompt.prompt_id, reason=reasons[prompt.image])

@@ -7,7 +7,7 @@ lost on one side cannot go unnoticed: `check_same_tokens` compares what an engin
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,17 @@ def load_image(path: str) -> Image.Image:
         raise DataError(
             f"picture {path!r} cannot be decoded ({error}); expected a whole PNG or JPEG file"
         ) from error
+
+
+def undecodable(prompts: Iterable[Prompt]) -> dict[str, str]:
+    """Pictures of the prompts that cannot be decoded, each looked at once: path and reason."""
+    reasons: dict[str, str] = {}
+    for picture in {prompt.image for prompt in prompts if prompt.image}:
+        try:
+            load_image(picture)
+        except DataError as error:
+            reasons[picture] = str(error)
+    return reasons
 
 
 class PromptProcessor:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from spo.algorithms.rewards import degeneration, is_refusal
 from spo.engines.base import LogprobRequest, Sampler
-from spo.engines.processing import load_image
+from spo.engines.processing import load_image, undecodable
 from spo.errors import DataError, EngineError, ScorerError
 from spo.records import EvaluatedAnswer, Prompt, PromptKind, QuarantinedRow, Rollout
 
@@ -93,12 +93,7 @@ class Quarantine:
 
     def without_bad_pictures(self, prompt_set: PromptSet) -> PromptSet:
         """The set without prompts whose picture cannot be decoded."""
-        bad: dict[str, str] = {}
-        for picture in {prompt.image for prompt in prompt_set.prompts if prompt.image}:
-            try:
-                load_image(picture)
-            except DataError as error:
-                bad[picture] = str(error)
+        bad = undecodable(prompt_set.prompts)
         kept = []
         for prompt in prompt_set.prompts:
             if prompt.image in bad:

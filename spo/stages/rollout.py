@@ -8,7 +8,6 @@ heals by itself. Waits have a deadline and say what they wait for.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -22,6 +21,7 @@ from spo.engines.base import Engine, EngineInfo, LogprobRequest
 from spo.engines.factory import open_engine
 from spo.errors import EngineError, SpoError, StageError, SteeringError
 from spo.records import GenerateRequest, Rollout
+from spo.stages.restarts import await_back
 from spo.vector import SteeringVector
 
 _MAX_TRIES = 3
@@ -209,27 +209,15 @@ class RolloutPool:
                     raise EngineError(
                         f"engine {i} failed {attempt} times, last: {error}"
                     ) from error
-                self._await_back(i)
+                await_back(
+                    self._actors[i].info.remote,
+                    timeout_s=self._start_timeout_s,
+                    what=f"engine {i} (engine.start_timeout_s)",
+                    error_type=EngineError,
+                )
                 self._republish(i)
                 reference = send(self._actors[i])
         raise AssertionError("unreachable: the last attempt returns or raises")
-
-    def _await_back(self, i: int) -> None:
-        """Wait until a restarting engine has loaded its model again."""
-        end = time.monotonic() + self._start_timeout_s
-        while True:
-            try:
-                ray.get(self._actors[i].info.remote(), timeout=max(1.0, end - time.monotonic()))
-                return
-            except (ActorUnavailableError, GetTimeoutError) as error:
-                if time.monotonic() > end:
-                    raise EngineError(
-                        f"engine {i} was lost and not back after {self._start_timeout_s:.0f} s; "
-                        "see its log, or raise engine.start_timeout_s"
-                    ) from error
-                time.sleep(1.0)
-            except ActorDiedError as error:
-                raise EngineError(f"engine {i} died and is not restarted: {error}") from error
 
     def _republish(self, i: int) -> None:
         for (name, version), data in self._published.items():

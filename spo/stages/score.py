@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from spo.errors import ScorerError, StageError
 from spo.records import PromptKind, Rollout
 from spo.scorers.alignment import AlignmentScorer
 from spo.scorers.toxicity import ToxicityScorer
+from spo.stages.restarts import await_back
 
 _MAX_TRIES = 3
 
@@ -130,22 +130,11 @@ class RewardPool:
                 if attempt == _MAX_TRIES:
                     raise ScorerError(f"scorer {i} was lost {attempt} times: {error}") from error
                 other = self._actors[(i + attempt) % len(self._actors)]
-                self._await_back(other)
+                await_back(
+                    other.ready.remote,
+                    timeout_s=self._timeout_s,
+                    what="a scorer (reward.timeout_s)",
+                    error_type=ScorerError,
+                )
                 reference = other.score.remote(rollouts)
         raise AssertionError("unreachable: the last attempt returns or raises")
-
-    def _await_back(self, actor: Any) -> None:
-        """Wait until a restarting scorer has loaded its models again."""
-        end = time.monotonic() + self._timeout_s
-        while True:
-            try:
-                ray.get(actor.ready.remote(), timeout=max(1.0, end - time.monotonic()))
-                return
-            except (ActorUnavailableError, GetTimeoutError) as error:
-                if time.monotonic() > end:
-                    raise ScorerError(
-                        f"a scorer was lost and not back after {self._timeout_s:.0f} s: {error}"
-                    ) from error
-                time.sleep(1.0)
-            except ActorDiedError as error:
-                raise ScorerError(f"a scorer died and is not restarted: {error}") from error

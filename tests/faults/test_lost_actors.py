@@ -23,7 +23,13 @@ CONFIG = EngineConfig(backend="fake", replicas=2, start_timeout_s=60, request_ti
 def pool() -> Iterator[RolloutPool]:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="faults")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        namespace="faults",
+    )
     made = RolloutPool.start("fake", None, CONFIG, prefix="faults", seed=0)
     yield made
     made.close()
