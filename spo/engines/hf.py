@@ -212,7 +212,7 @@ class HfEngine:
         if "pixel_values" in extras:
             extras["pixel_values"] = extras["pixel_values"].to(self.model.dtype)
         width = batch.answer_ids.shape[1]
-        with self._steered(batch, plan):
+        with self.steered(batch, plan):
             output = self.model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -262,7 +262,7 @@ class HfEngine:
                 handle.remove()
 
     @contextmanager
-    def _steered(self, batch: TokenBatch, plan: SteeringPlan | None) -> Iterator[None]:
+    def steered(self, batch: TokenBatch, plan: SteeringPlan | None) -> Iterator[None]:
         if plan is None:
             yield
             return
@@ -299,7 +299,7 @@ class HfEngine:
         extras = dict(batch.extras)
         if "pixel_values" in extras:
             extras["pixel_values"] = extras["pixel_values"].to(self.model.dtype)
-        with torch.no_grad(), self._steered(batch, plan):
+        with torch.no_grad(), self.steered(batch, plan):
             output = self.model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
