@@ -16,7 +16,7 @@ from PIL import Image
 
 from spo.config import DatasetConfig
 from spo.datasets import load_prompts
-from spo.errors import ConfigError, DataError
+from spo.errors import DataError
 from spo.records import Prompt, PromptFormat, PromptKind, Split
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -170,7 +170,7 @@ def test_broken_csv_names_the_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.csv:3: expected 2 columns"):
         load(path, format="advbench")
     path.write_text('goal,target\n"a" x,b\n')
-    with pytest.raises(DataError, match=r"x\.csv:2: not CSV"):
+    with pytest.raises(DataError, match=r"x\.csv, after line 1: not CSV"):
         load(path, format="advbench")
     path.write_bytes(b"goal,target\n\xff\xfe,b\n")
     with pytest.raises(DataError, match="expected UTF-8"):
@@ -248,8 +248,8 @@ def test_vlguard(tmp_path: Path) -> None:
     ]
     with pytest.raises(DataError, match=r"test\.json\[1\]: field 'safe' must be true or false"):
         load(written(tmp_path / "test.json", [safe, {**unsafe, "safe": "no"}]), format="vlguard")
+    broken = {**unsafe, "instr-resp": [{"text": "Lie"}]}
     with pytest.raises(DataError, match=r"instr-resp\[0\]: expected a column 'instruction'"):
-        broken = {**unsafe, "instr-resp": [{"text": "Lie"}]}
         load(written(tmp_path / "test.json", [broken]), format="vlguard")
 
 
@@ -352,7 +352,6 @@ def test_nothing_there(tmp_path: Path) -> None:
         load(tmp_path / "gone.csv", format="advbench")
     with pytest.raises(DataError, match="holds no file"):
         load(tmp_path, format="mm_safetybench")
-    assert issubclass(ConfigError, ValueError)
 
 
 @pytest.mark.parametrize(
