@@ -18,6 +18,8 @@ from pydantic import Field, ValidationError, model_validator
 from spo.config_base import Fraction, Positive
 from spo.config_base import Slice as _Slice
 from spo.config_datasets import DatasetConfig as DatasetConfig
+from spo.config_evaluate import AttackConfig as AttackConfig
+from spo.config_evaluate import EvaluateConfig as EvaluateConfig
 from spo.config_stage1 import EstimateConfig as EstimateConfig
 from spo.config_stage1 import ExtractConfig as ExtractConfig
 from spo.config_stage1 import SourceConfig as SourceConfig
@@ -144,38 +146,6 @@ class LearnConfig(_Slice):
     num_gpus: Annotated[float, Field(gt=0)] = 1.0
     """GPU share of each worker, with `use_gpu`; below 1 it shares a card with an engine."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-
-
-class AttackConfig(_Slice):
-    """White-box PGD on the picture (universal: one picture for all prompts)."""
-
-    enabled: bool = True
-    epsilon_255: Annotated[float, Field(gt=0, le=255)] = 32.0
-    """L-infinity bound in units of 1/255."""
-    steps: Positive = 40
-    step_size_255: Annotated[float, Field(gt=0)] = 4.0
-    targets: Positive = 16
-    """Toxic target sentences whose likelihood the picture raises, per step."""
-    timeout_s: Positive = 1800
-    picture: Path | None = None
-    """Clean picture to start from; the testbed draws its own."""
-    targets_file: Path | None = None
-    """Target sentences, one a line; the testbed has its own."""
-
-
-class EvaluateConfig(_Slice):
-    """Evaluation."""
-
-    judge: str = "testbed"
-    """"testbed" (a model other than the reward), or a local sequence-classification folder."""
-    harm_prompts: Positive = 96
-    samples_per_prompt: Positive = 2
-    scenes: Positive = 48
-    """Unseen drawn scenes for captions and questions."""
-    max_tokens: Positive = 24
-    caption_tokens: Positive = 48
-    bootstrap: Positive = 2000
-    attack: AttackConfig = AttackConfig()
 
 
 class RayConfig(_Slice):

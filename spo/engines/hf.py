@@ -288,6 +288,7 @@ class HfEngine:
                     coefficient=cached[key],
                     mean_norm=plan.mean_norms[row],
                     calibration=plan.calibration[row],
+                    straight_through=plan.straight_through,
                 )
 
             return apply

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,19 @@ def compare(
         for name in (defence, baseline)
     ]
     return paired_interval(sides[0], sides[1], samples=samples, seed=0)
+
+
+CURVE = "curve "
+"""Opens the name of a condition that is one point of a strength curve."""
+
+
+def shown_conditions(report: EvaluationReport) -> EvaluationReport:
+    """The report without the points of strength curves, which have a plot of their own."""
+    return replace(
+        report,
+        cells=tuple(cell for cell in report.cells if not cell.condition.startswith(CURVE)),
+        answers=tuple(a for a in report.answers if not a.condition.startswith(CURVE)),
+    )
 
 
 def values_of(answers: Iterable[EvaluatedAnswer]) -> dict[str, dict[str, list[float]]]:

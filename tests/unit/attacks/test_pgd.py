@@ -13,11 +13,11 @@ from PIL import Image
 
 from spo.attacks.pgd import (
     PgdResult,
-    PixelSpace,
     loss_and_gradient,
     target_loss,
     universal_pgd,
 )
+from spo.attacks.pixels import PixelSpace
 from spo.config import AttackConfig
 from spo.engines.hf import HfEngine
 from spo.engines.plan import SteeringPlan
