@@ -214,6 +214,10 @@ def _pictures(
         )
 
     run_attacks(jobs, done)
+    if found:
+        widest = max(found.values(), key=lambda c: (c["defence"] == "none", c["epsilon_255"]))
+        index = {**widest, "curves": list(found.values())}
+        write_atomic(config.run_dir / "attack.json", json.dumps(index).encode())
     return found
 
 

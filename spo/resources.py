@@ -218,11 +218,7 @@ def _testbed_inputs(config: RunConfig) -> EvaluationInputs:
     pictured = tuple(
         data.heldout_openings(count=settings.harm_prompts, seed=config.seed, image=picture)
     )
-    requests = tuple(
-        data.picture_requests(
-            "heldout", count=settings.harm_prompts, seed=config.seed, image=picture
-        )
-    )
+    requests = tuple(data.picture_requests("heldout", image=picture)[: settings.harm_prompts])
     twins = data.benign_twins(count=settings.benign_prompts, seed=config.seed)
     texts, references = data.benign_texts(count=settings.benign_prompts, seed=config.seed)
     attacks = any(attack.kind == "pgd" for attack in settings.attacks)
@@ -230,7 +226,7 @@ def _testbed_inputs(config: RunConfig) -> EvaluationInputs:
         sets=(
             _sampled("plain", openings, settings),
             _sampled("image", pictured, settings),
-            _sampled("request", requests, settings),
+            _sampled("describe", requests, settings),
             _greedy("caption", tuple(captions), settings.caption_tokens),
             replace(_greedy("question", tuple(questions), settings.max_tokens), alignment=False),
             _sampled("twin", tuple(twins), settings),
@@ -243,10 +239,8 @@ def _testbed_inputs(config: RunConfig) -> EvaluationInputs:
         checks={"caption": data.check_caption, "question": data.check_question},
         attack_start=picture if attacks else None,
         attack_targets=tuple(data.attack_targets(16, config.seed)) if attacks else (),
-        attack_prompts=tuple(
-            data.picture_requests("train", count=16, seed=config.seed, image=picture)
-        ),
-        attacked="request" if attacks else None,
+        attack_prompts=tuple(data.picture_requests("train", image=picture)),
+        attacked="describe" if attacks else None,
         picture_size=data.PICTURE_SIZE,
     )
 

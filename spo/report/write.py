@@ -15,8 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from spo.errors import StageError
 from spo.report.answers import CHOICE, VEIL_FROM, attack_pictures, card_groups, png_address
-from spo.report.figures import Plot, draw_plots
+from spo.report.figures import PLOTS, Plot, draw_plots
 from spo.report.headline import findings, machine_readable, tables, tiles
+from spo.report.matrix import MATRIX_PLOTS
 from spo.report.sources import QuarantineEntry, RunRecord, Separability, Step, read_run
 from spo.report.text import visible
 
@@ -37,7 +38,7 @@ def write_report(run_dir: Path) -> Path:
         StageError: the folder cannot be written to.
     """
     record = read_run(run_dir)
-    plots = draw_plots(record)
+    plots = draw_plots(record, {**PLOTS, **MATRIX_PLOTS})
     page = _page(record, plots)
     try:
         (run_dir / "plots").mkdir(exist_ok=True)
