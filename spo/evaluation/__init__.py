@@ -4,6 +4,8 @@ from spo.evaluation.cells import CellStore
 from spo.evaluation.measures import Check, ImageTextScorer, Judge, PromptSet, SuccessJudge
 from spo.evaluation.report import (
     compare,
+    compare_reports,
+    format_comparison,
     format_table,
     load_report,
     save_report,
@@ -19,7 +21,9 @@ __all__ = [
     "PromptSet",
     "SuccessJudge",
     "compare",
+    "compare_reports",
     "evaluate",
+    "format_comparison",
     "format_table",
     "load_report",
     "save_report",

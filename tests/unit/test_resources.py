@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from spo.config import (
-    AttackConfig,
     DataConfig,
     EvaluateConfig,
     ExtractConfig,
@@ -95,9 +94,9 @@ def test_contrast_rows_of_every_kind(tmp_path: Path) -> None:
 
 def test_own_evaluation_prompts_need_material_for_the_attack(tmp_path: Path) -> None:
     data = DataConfig(heldout=str(prompt_file(tmp_path)))
-    with pytest.raises(ConfigError, match=r"evaluate\.attack\.enabled=false"):
+    with pytest.raises(ConfigError, match=r"evaluate\.attacks=\[\]"):
         evaluation_inputs(RunConfig(data=data))
-    quiet = EvaluateConfig(attack=AttackConfig(enabled=False))
+    quiet = EvaluateConfig(attacks=())
     inputs = evaluation_inputs(RunConfig(data=data, evaluate=quiet))
     assert [s.condition for s in inputs.sets] == ["plain", "benign"]
     assert inputs.attack_start is None
