@@ -22,7 +22,13 @@ from spo.engines.identity import check_belongs, folder_revision, model_identity
 from spo.engines.processing import PromptProcessor
 from spo.engines.vllm_plugin import canary
 from spo.engines.vllm_plugin.desk import Binding, SteeringDesk
-from spo.engines.vllm_plugin.launch import VllmSettings, on_cpu, start_llm, stop_llm
+from spo.engines.vllm_plugin.launch import (
+    VllmSettings,
+    default_body,
+    on_cpu,
+    start_llm,
+    stop_llm,
+)
 from spo.engines.vllm_plugin.session import Job, VllmSession, sampling_params
 from spo.engines.vllm_plugin.wire import (
     REQUEST_KEY,
@@ -93,6 +99,7 @@ class VllmEngine:
             lanes=self.settings.lanes,
             operators=self.settings.operators,
             capture_rows=rows,
+            body=self.settings.body or default_body(),
             version=op_version(),
         )
 

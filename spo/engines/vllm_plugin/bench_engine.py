@@ -6,9 +6,12 @@ Started by `spo.engines.vllm_plugin.bench`.
 from __future__ import annotations
 
 import json
+import math
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,13 +20,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from spo.engines.base import LogprobRequest
 from spo.engines.vllm import VllmEngine
-from spo.engines.vllm_plugin.bench import spread
 from spo.engines.vllm_plugin.launch import VllmSettings, start_llm
 from spo.engines.vllm_plugin.shapes import write_shape
 from spo.engines.vllm_plugin.wire import REQUEST_KEY, cache_salt
 from spo.errors import SpoError
-from spo.records import Operator, SteeringSpec
+from spo.records import Operator, Prompt, PromptKind, SteeringSpec
 from spo.vector import SteeringVector
 
 _NAME = "bench"
@@ -34,20 +37,21 @@ class BenchEngine:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
-        self.steered = settings["engine"] == "steered"
-        shape = settings["shape"]
-        folder = write_shape(shape, Path(settings["folder"]) / f"{shape}-{settings['engine']}")
+        folder = write_shape(settings["shape"], Path(settings["folder"]))
         begin = time.monotonic()
+        ranks = settings["tensor_parallel"]
         start = VllmSettings(
             dtype=settings["dtype"],
             slots=max(8, settings["pairs"] + 1),
             lanes=settings["lanes"],
             capture_rows=0,
+            body=None if settings["engine"] == "plain" else settings["engine"],
             max_model_len=2048,
             max_num_seqs=max(settings["batches"]),
             kv_cache_gib=settings["kv_cache_gib"],
+            tensor_parallel_size=ranks,
             enforce_eager=settings["eager"],
-            in_process=settings["eager"],
+            in_process=settings["eager"] and ranks == 1,
             # Cached prompts would make the second run of a pair faster, whatever the engine.
             engine_options={
                 "load_format": "dummy",
@@ -56,11 +60,11 @@ class BenchEngine:
             },
         )
         self.engine: VllmEngine | None = None
-        if self.steered:
+        if settings["engine"] == "plain":
+            self.llm = start_llm(str(folder), None, start, None)
+        else:
             self.engine = VllmEngine(str(folder), settings=start)
             self.llm = self.engine.session.llm
-        else:
-            self.llm = start_llm(str(folder), None, start, None)
         self.start_seconds = time.monotonic() - begin
         self.runs = 0
         self.warm: set[int] = set()
@@ -79,11 +83,44 @@ class BenchEngine:
         }
         if torch.cuda.is_available():
             facts["device"] = torch.cuda.get_device_name()
+            facts["driver"] = _driver()
         if self.engine is not None:
-            facts["runner"] = self.engine.runner
             facts["canary"] = {k: f"{v:.3g}" for k, v in self.engine.canary.items()}
             facts["publish_ms"] = self.publish_all()
+            facts.update(self.describe())
         return facts
+
+    def describe(self) -> dict[str, Any]:
+        """Runner, captured CUDA graphs and how many steps each mode served, from the workers."""
+        assert self.engine is not None
+        ranks = [json.loads(text) for text in self.engine.session.rpc("spo_describe")]
+        names = ("runner", "twin_graphs", "graphs", "steps")
+        return {"ranks": len(ranks), **{name: ranks[0][name] for name in names}}
+
+    def logprobs(self) -> dict[str, list[float]]:
+        """Log-probability of fixed tokens after fixed prompts, unsteered and steered."""
+        assert self.engine is not None
+        path = Path(self.settings["folder"]) / "picture.png"
+        self._picture(0).save(path)
+        prompts = [
+            Prompt(prompt_id=str(i), text="Why? " * (8 + i), kind=PromptKind.BENIGN, image=image)
+            for i, image in enumerate((str(path), None))
+        ]
+        values = {}
+        for name in ("none", "add", "adaptive"):
+            specs = self._specs(name, 0)
+            requests = [
+                LogprobRequest(
+                    request_id=prompt.prompt_id,
+                    prompt=prompt,
+                    token_ids=tuple(range(40, 72)),
+                    # Strong enough that both ranks must apply it to agree.
+                    steering=replace(specs[0], coefficient=0.5) if specs else None,
+                )
+                for prompt in prompts
+            ]
+            values[name] = [value for row in self.engine.logprobs(requests) for value in row]
+        return values
 
     def publish_all(self) -> dict[str, float]:
         """Publish one vector for each pair; latency in milliseconds."""
@@ -116,7 +153,7 @@ class BenchEngine:
         return {"seconds": seconds, "tokens": count}
 
     def _specs(self, steering: str, i: int) -> tuple[SteeringSpec, ...]:
-        if steering == "none":
+        if steering in ("none", "idle"):
             return ()
         if steering == "stacked":
             return tuple(
@@ -149,7 +186,7 @@ class BenchEngine:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            entry = self._prompt(i)
+            entry = self._entry(i)
             if bindings and bindings[i].lanes:
                 params.extra_args = {REQUEST_KEY: bindings[i].wire()}
                 entry["cache_salt"] = cache_salt(bindings[i].lanes)
@@ -182,16 +219,34 @@ class BenchEngine:
                 if set(figure["steered"]) != {wanted} or figure["until"] < least:
                     raise SpoError(f"request {binding.key} was not steered throughout: {figure}")
 
-    def _prompt(self, i: int) -> dict[str, Any]:
+    def _picture(self, i: int) -> Image.Image:
         side = self.settings["image"]
-        picture = np.random.default_rng(i).integers(0, 255, (side, side, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(i).integers(0, 255, (side, side, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+    def _entry(self, i: int) -> dict[str, Any]:
         tokenizer = self.llm.get_tokenizer()
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}
         text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         return {
             "prompt_token_ids": tokenizer(text).input_ids,
-            "multi_modal_data": {"image": Image.fromarray(picture)},
+            "multi_modal_data": {"image": self._picture(i)},
         }
+
+
+def spread(count: int) -> list[float]:
+    """`count` different small doses."""
+    return [0.01 + 0.04 * (math.sin(3.0 * i) + 1.0) for i in range(count)]
+
+
+def _driver() -> str:
+    """Version of the GPU driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return lines.stdout.split()[0]
 
 
 def main() -> None:
@@ -203,9 +258,12 @@ def main() -> None:
             if "start" in message:
                 engine = BenchEngine(message["start"])
                 answer: dict[str, Any] = engine.facts()
-            else:
-                assert engine is not None
+            elif engine is None:
+                answer = {"error": "the engine did not start"}
+            elif "measure" in message:
                 answer = engine.measure(message["measure"])
+            else:
+                answer = engine.logprobs() if "logprobs" in message else engine.describe()
         except (SpoError, RuntimeError, ValueError) as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         sys.stdout.write("@" + json.dumps(answer) + "\n")
