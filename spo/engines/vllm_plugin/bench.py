@@ -73,7 +73,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny-tp2": {
         **_TINY,
         **_TWO_RANKS,
-        "models": [{"shape": "llava-tiny", "kv_cache_gib": 0.2}],
+        "compare_shape": "llava-tiny",
+        "models": [{"shape": "qwen2.5-vl-tiny", "kv_cache_gib": 0.2}],
     },
     "h200": {
         **_H200,
@@ -87,6 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "h200-tp2": {
         **_H200,
         **_TWO_RANKS,
+        "compare_shape": "llava-small",
         "options": {**_H200["options"], **_NO_FUSED_ALLREDUCE},
         "models": [{"shape": "llava-1.5-7b", "kv_cache_gib": 80.0}],
     },
@@ -103,7 +105,10 @@ def workloads(batch: int, engines: Sequence[str], steerings: Sequence[str]) -> l
             made.append(Workload(engine=engine, batch=batch, steering="none"))
             continue
         made.append(Workload(engine=engine, batch=batch, steering="idle"))
-        made += [Workload(engine=engine, batch=batch, steering=name) for name in steerings]
+        # The form that is not the default only for comparison, so that time is left for the other.
+        few = [name for name in steerings if name in ("add", "adaptive")]
+        listed = few if engine == "traced" and "kernel" in engines else steerings
+        made += [Workload(engine=engine, batch=batch, steering=name) for name in listed]
     return made
 
 
@@ -139,33 +144,53 @@ class _Bench:
     def start(self, cards: Sequence[str]) -> None:
         """Start every engine at once and wait for all."""
         ranks = self.sizes.get("tensor_parallel", 1)
-        steered = [name for name in self.sizes["engines"] if name != "plain"]
         for number, model in enumerate(self.sizes["models"]):
             engines = self.sizes["engines"]
+            card = cards[number % len(cards)] if cards and ranks == 1 else None
             share = {"kv_cache_gib": model["kv_cache_gib"] / len(engines)}
-            places = [(name, ranks) for name in engines]
-            if ranks > 1 and steered:
-                places.append(("one rank", 1))
-            for name, tensor_parallel in places:
-                environment = dict(self.sizes.get("environment", {}))
-                if cards and tensor_parallel == 1:
-                    environment["CUDA_VISIBLE_DEVICES"] = cards[number % len(cards)]
-                settings = {
-                    **self.sizes,
-                    **model,
-                    **(share if name in engines else {"kv_cache_gib": 1.0, "batches": [1]}),
-                    "engine": steered[0] if name == "one rank" else name,
-                    "tensor_parallel": tensor_parallel,
-                    "folder": str(self.output / "models" / f"{model['shape']}-{name}"),
-                }
-                log = self.output / f"{model['shape']}-{name}.log".replace(" ", "-")
-                self.children[model["shape"], name] = EngineProcess(settings, log, environment)
+            for name in engines:
+                self._start_one(name, card, {**model, **share, "engine": name}, ranks)
+        steered = [name for name in self.sizes["engines"] if name != "plain"]
+        if ranks > 1 and steered:
+            small = {
+                "shape": self.sizes["compare_shape"],
+                "weights": True,
+                "kv_cache_gib": 1.0,
+                "batches": [1],
+                "engine": steered[0],
+            }
+            self._start_one("one rank", cards[0] if cards else None, small, 1)
+            self._start_one("all ranks", None, small, ranks)
         for (shape, name), child in list(self.children.items()):
             facts = self.ask(shape, name, None)
             if facts is not None:
                 self.result.facts[f"{shape} {name}"] = facts
+                self._check_mixed(shape, name, facts)
                 self.say(f"{shape} {name} {child.card}: {json.dumps(facts)}")
         self.write()
+
+    def _start_one(
+        self, name: str, card: str | None, changes: Mapping[str, Any], ranks: int
+    ) -> None:
+        shape = changes["shape"]
+        stem = f"{shape}-{name}".replace(" ", "-")
+        settings = {
+            **self.sizes,
+            **changes,
+            "tensor_parallel": ranks,
+            "folder": str(self.output / "models" / stem),
+        }
+        environment = dict(self.sizes.get("environment", {}))
+        if card is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = card
+        child = EngineProcess(settings, self.output / f"{stem}.log", environment)
+        self.children[shape, name] = child
+
+    def _check_mixed(self, shape: str, name: str, facts: Mapping[str, Any]) -> None:
+        """A fast engine that mixes its requests up counts for nothing."""
+        mixed = facts.get("mixed_batch")
+        if mixed and not mixed["largest gap"] < mixed["least effect of steering"] / 2:
+            self.result.failures.append(f"{shape} {name}: mixed batch unlike solo runs: {mixed}")
 
     def ask(
         self, shape: str, name: str, message: Mapping[str, Any] | None
@@ -214,17 +239,15 @@ class _Bench:
         self.say(f"{shape} batch {batch} turn {turn}: {shares}")
 
     def compare_ranks(self) -> None:
-        """Steered log-probabilities of one rank and of several."""
-        steered = [name for name in self.sizes["engines"] if name != "plain"]
-        for model in self.sizes["models"]:
-            shape = model["shape"]
-            names = ("one rank", *steered[:1])
-            answers = [self.ask(shape, name, {"logprobs": {}}) for name in names]
-            found = [answer for answer in answers if answer is not None]
-            if len(found) == 2:
-                self.result.compare_ranks(shape, *found)
-                self.say(f"{shape} ranks: {json.dumps(self.result.ranks[shape])}")
-            child = self.children.pop((shape, "one rank"), None)
+        """Steered log-probabilities of one rank and of all."""
+        shape, names = self.sizes["compare_shape"], ("one rank", "all ranks")
+        answers = [self.ask(shape, name, {"logprobs": {}}) for name in names]
+        found = [answer for answer in answers if answer is not None]
+        if len(found) == len(names):
+            self.result.compare_ranks(shape, *found)
+            self.say(f"{shape} ranks: {json.dumps(self.result.ranks[shape])}")
+        for name in names:
+            child = self.children.pop((shape, name), None)
             if child is not None:
                 child.stop()
         self.write()

@@ -10,7 +10,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,8 @@ from PIL import Image
 from spo.engines.base import LogprobRequest
 from spo.engines.vllm import VllmEngine
 from spo.engines.vllm_plugin.launch import VllmSettings, start_llm
-from spo.engines.vllm_plugin.shapes import write_shape
+from spo.engines.vllm_plugin.session import Job
+from spo.engines.vllm_plugin.shapes import write_random_weights, write_shape
 from spo.engines.vllm_plugin.wire import REQUEST_KEY, cache_salt
 from spo.errors import SpoError
 from spo.records import Operator, Prompt, PromptKind, SteeringSpec
@@ -38,6 +39,8 @@ class BenchEngine:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
         folder = write_shape(settings["shape"], Path(settings["folder"]))
+        if settings.get("weights"):
+            write_random_weights(folder, settings["dtype"])
         begin = time.monotonic()
         ranks = settings["tensor_parallel"]
         start = VllmSettings(
@@ -54,7 +57,7 @@ class BenchEngine:
             in_process=settings["eager"] and ranks == 1,
             # Cached prompts would make the second run of a pair faster, whatever the engine.
             engine_options={
-                "load_format": "dummy",
+                "load_format": "auto" if settings.get("weights") else "dummy",
                 "enable_prefix_caching": False,
                 **settings["options"],
             },
@@ -87,6 +90,7 @@ class BenchEngine:
         if self.engine is not None:
             facts["canary"] = {k: f"{v:.3g}" for k, v in self.engine.canary.items()}
             facts["publish_ms"] = self.publish_all()
+            facts["mixed_batch"] = self.mixed_batch()
             facts.update(self.describe())
         return facts
 
@@ -96,6 +100,57 @@ class BenchEngine:
         ranks = [json.loads(text) for text in self.engine.session.rpc("spo_describe")]
         names = ("runner", "twin_graphs", "graphs", "steps")
         return {"ranks": len(ranks), **{name: ranks[0][name] for name in names}}
+
+    def mixed_batch(self) -> dict[str, float]:
+        """Unsteered and steered requests that decode together in one CUDA graph, against solo runs.
+
+        Every request is made to say the same token; its log-probability is what is compared.
+        """
+        kinds = ("none", "add", "adaptive")
+        alone = {kind: self._decoded([kind])[0] for kind in kinds}
+        names = [kinds[i % 3] for i in range(max(self.settings["batches"]))]
+        gap = max(
+            _distance(values, alone[name])
+            for name, values in zip(names, self._decoded(names), strict=True)
+        )
+        effect = min(
+            _distance(alone[one], alone[other])
+            for one, other in (("none", "add"), ("none", "adaptive"), ("add", "adaptive"))
+        )
+        return {"largest gap": gap, "least effect of steering": effect}
+
+    def _decoded(self, kinds: Sequence[str]) -> list[list[float]]:
+        """Log-probability of one forced token at each of 8 decoding steps, for each request."""
+        from vllm import SamplingParams
+
+        assert self.engine is not None
+        session, token = self.engine.session, 65
+        specs = [self._specs(kind, 0) for kind in kinds]
+        strong = [tuple(replace(spec, coefficient=0.5) for spec in chosen) for chosen in specs]
+        with session.bound(strong) as bindings:
+            jobs = []
+            for binding in bindings:
+                params = SamplingParams(
+                    max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=0, detokenize=False
+                )
+                params.allowed_token_ids = [token]
+                if binding.lanes:
+                    params.extra_args = {REQUEST_KEY: binding.wire()}
+                tokens = tuple(range(40, 60))
+                jobs.append(
+                    Job(
+                        key=binding.key,
+                        tokens=tokens,
+                        prompt_length=len(tokens),
+                        engine_input=self.llm._preprocess_cmpl_one(
+                            {"prompt_token_ids": list(tokens)}
+                        ),
+                        params=params,
+                    )
+                )
+            outputs = session.run(jobs)
+            session.receipts(bindings, jobs, outputs)
+        return [[step[token].logprob for step in output.outputs[0].logprobs] for output in outputs]
 
     def logprobs(self) -> dict[str, list[float]]:
         """Log-probability of fixed tokens after fixed prompts, unsteered and steered."""
@@ -129,11 +184,13 @@ class BenchEngine:
         times = []
         generator = torch.Generator().manual_seed(0)
         for version in range(self.settings["pairs"]):
+            directions = torch.randn(info.num_layers, info.hidden_size, generator=generator)
             vector = SteeringVector(
                 layers=tuple(range(info.num_layers)),
-                directions=torch.randn(info.num_layers, info.hidden_size, generator=generator),
+                directions=directions,
                 mean_norms=torch.full((info.num_layers,), info.hidden_size**0.5),
-                calibration=torch.zeros(info.num_layers, info.hidden_size),
+                # Opens every gate, so that `adaptive` really changes something.
+                calibration=-10.0 * directions,
                 model_id=info.model_id,
                 model_revision=info.model_revision,
             )
@@ -232,6 +289,11 @@ class BenchEngine:
             "prompt_token_ids": tokenizer(text).input_ids,
             "multi_modal_data": {"image": self._picture(i)},
         }
+
+
+def _distance(one: Sequence[float], other: Sequence[float]) -> float:
+    """Largest difference."""
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
 def spread(count: int) -> list[float]:
