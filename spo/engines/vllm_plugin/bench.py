@@ -30,6 +30,7 @@ _TINY: dict[str, Any] = {
     "dtype": "float32",
     "options": {"limit_mm_per_prompt": {"image": 1, "video": 0}},
     "image": 56,
+    "check_shape": "llava-tiny",
     "eager": True,
     "engines": ["plain", "kernel"],
 }
@@ -45,6 +46,7 @@ _H200: dict[str, Any] = {
         "gpu_memory_utilization": 0.1,
     },
     "image": 448,
+    "check_shape": "llava-small",
     "eager": False,
     "engines": ["plain", "kernel"],
 }
@@ -66,14 +68,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         **_TINY,
         "models": [
-            {"shape": "llava-tiny", "kv_cache_gib": 0.2},
             {"shape": "qwen2.5-vl-tiny", "kv_cache_gib": 0.2},
         ],
     },
     "tiny-tp2": {
         **_TINY,
         **_TWO_RANKS,
-        "compare_shape": "llava-tiny",
         "models": [{"shape": "qwen2.5-vl-tiny", "kv_cache_gib": 0.2}],
     },
     "h200": {
@@ -88,7 +88,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "h200-tp2": {
         **_H200,
         **_TWO_RANKS,
-        "compare_shape": "llava-small",
         "options": {**_H200["options"], **_NO_FUSED_ALLREDUCE},
         "models": [{"shape": "llava-1.5-7b", "kv_cache_gib": 80.0}],
     },
@@ -151,22 +150,22 @@ class _Bench:
             for name in engines:
                 self._start_one(name, card, {**model, **share, "engine": name}, ranks)
         steered = [name for name in self.sizes["engines"] if name != "plain"]
+        small = {"shape": self.sizes["check_shape"], "weights": True, "kv_cache_gib": 2.0}
+        first = cards[0] if cards else None
+        for name in steered[: 1 if ranks > 1 else None]:
+            self._start_one(f"{name}, checked", first, {**small, "engine": name}, 1)
         if ranks > 1 and steered:
-            small = {
-                "shape": self.sizes["compare_shape"],
-                "weights": True,
-                "kv_cache_gib": 1.0,
-                "batches": [1],
-                "engine": steered[0],
-            }
-            self._start_one("one rank", cards[0] if cards else None, small, 1)
-            self._start_one("all ranks", None, small, ranks)
+            self._start_one("all ranks", None, {**small, "engine": steered[0]}, ranks)
         for (shape, name), child in list(self.children.items()):
             facts = self.ask(shape, name, None)
             if facts is not None:
                 self.result.facts[f"{shape} {name}"] = facts
-                self._check_mixed(shape, name, facts)
+                self._check(f"{shape} {name}", facts)
                 self.say(f"{shape} {name} {child.card}: {json.dumps(facts)}")
+        if ranks > 1 and steered:
+            self._compare_ranks(steered[0])
+        for key in [key for key in self.children if key[0] == self.sizes["check_shape"]]:
+            self.children.pop(key).stop()
         self.write()
 
     def _start_one(
@@ -186,11 +185,14 @@ class _Bench:
         child = EngineProcess(settings, self.output / f"{stem}.log", environment)
         self.children[shape, name] = child
 
-    def _check_mixed(self, shape: str, name: str, facts: Mapping[str, Any]) -> None:
-        """A fast engine that mixes its requests up counts for nothing."""
+    def _check(self, name: str, facts: Mapping[str, Any]) -> None:
+        """A fast engine that steers wrongly or mixes its requests up counts for nothing."""
         mixed = facts.get("mixed_batch")
         if mixed and not mixed["largest gap"] < mixed["least effect of steering"] / 2:
-            self.result.failures.append(f"{shape} {name}: mixed batch unlike solo runs: {mixed}")
+            self.result.failures.append(f"{name}: mixed batch unlike solo runs: {mixed}")
+        for operator, seen in facts.get("parity", {}).items():
+            if operator != "none" and not seen["mean gap"] < seen["mean effect"] / 4:
+                self.result.failures.append(f"{name}: {operator} unlike Transformers: {seen}")
 
     def ask(
         self, shape: str, name: str, message: Mapping[str, Any] | None
@@ -238,19 +240,14 @@ class _Bench:
         shares = ", ".join(f"{m.workload.name} {m.tokens_per_second:,.0f}" for m in seen)
         self.say(f"{shape} batch {batch} turn {turn}: {shares}")
 
-    def compare_ranks(self) -> None:
+    def _compare_ranks(self, engine: str) -> None:
         """Steered log-probabilities of one rank and of all."""
-        shape, names = self.sizes["compare_shape"], ("one rank", "all ranks")
+        shape, names = self.sizes["check_shape"], (f"{engine}, checked", "all ranks")
         answers = [self.ask(shape, name, {"logprobs": {}}) for name in names]
         found = [answer for answer in answers if answer is not None]
         if len(found) == len(names):
             self.result.compare_ranks(shape, *found)
             self.say(f"{shape} ranks: {json.dumps(self.result.ranks[shape])}")
-        for name in names:
-            child = self.children.pop((shape, name), None)
-            if child is not None:
-                child.stop()
-        self.write()
 
     def finish(self) -> None:
         """What the workers say about graphs and steps, then stop everything."""
@@ -308,7 +305,6 @@ def run(
     try:
         bench.start(cards)
         if sizes.get("tensor_parallel", 1) > 1:
-            bench.compare_ranks()
             cards = cards[:1]
         lanes = max(1, min(len(cards), len(sizes["models"])))
         with ThreadPoolExecutor(lanes) as pool:

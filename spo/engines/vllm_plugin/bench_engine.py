@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spo.engines.base import LogprobRequest
+from spo.engines.base import LogprobRequest, Sampler
 from spo.engines.vllm import VllmEngine
 from spo.engines.vllm_plugin.launch import VllmSettings, start_llm
-from spo.engines.vllm_plugin.session import Job
 from spo.engines.vllm_plugin.shapes import write_random_weights, write_shape
 from spo.engines.vllm_plugin.wire import REQUEST_KEY, cache_salt
 from spo.errors import SpoError
@@ -90,7 +89,9 @@ class BenchEngine:
         if self.engine is not None:
             facts["canary"] = {k: f"{v:.3g}" for k, v in self.engine.canary.items()}
             facts["publish_ms"] = self.publish_all()
-            facts["mixed_batch"] = self.mixed_batch()
+            if self.settings.get("weights"):
+                facts["mixed_batch"] = self.mixed_batch()
+                facts["parity"] = self.parity()
             facts.update(self.describe())
         return facts
 
@@ -134,20 +135,9 @@ class BenchEngine:
                     max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=0, detokenize=False
                 )
                 params.allowed_token_ids = [token]
-                if binding.lanes:
-                    params.extra_args = {REQUEST_KEY: binding.wire()}
-                tokens = tuple(range(40, 60))
-                jobs.append(
-                    Job(
-                        key=binding.key,
-                        tokens=tokens,
-                        prompt_length=len(tokens),
-                        engine_input=self.llm._preprocess_cmpl_one(
-                            {"prompt_token_ids": list(tokens)}
-                        ),
-                        params=params,
-                    )
-                )
+                job = session.builder.ask_tokens(binding, range(40, 60), params)
+                entry = self.llm._preprocess_cmpl_one(job.engine_input)
+                jobs.append(replace(job, engine_input=entry))
             outputs = session.run(jobs)
             session.receipts(bindings, jobs, outputs)
         return [[step[token].logprob for step in output.outputs[0].logprobs] for output in outputs]
@@ -155,6 +145,30 @@ class BenchEngine:
     def logprobs(self) -> dict[str, list[float]]:
         """Log-probability of fixed tokens after fixed prompts, unsteered and steered."""
         assert self.engine is not None
+        return self._scored(self.engine)
+
+    def parity(self) -> dict[str, dict[str, float]]:
+        """The same against Transformers with a forward hook, same weights and precision."""
+        from spo.engines.hf import HfEngine
+
+        assert self.engine is not None
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        reference = HfEngine(
+            self.settings["folder"], dtype=self.settings["dtype"], device=device, batch_size=1
+        )
+        for version in range(self.settings["lanes"]):
+            reference.publish(f"{_NAME}{version}", self._vector(version), 1)
+        ours, theirs = self._scored(self.engine), self._scored(reference)
+        reference.close()
+        return {
+            name: {
+                "mean gap": _mean_distance(values, theirs[name]),
+                "mean effect": _mean_distance(theirs[name], theirs["none"]),
+            }
+            for name, values in ours.items()
+        }
+
+    def _scored(self, engine: Sampler) -> dict[str, list[float]]:
         path = Path(self.settings["folder"]) / "picture.png"
         self._picture(0).save(path)
         prompts = [
@@ -162,38 +176,45 @@ class BenchEngine:
             for i, image in enumerate((str(path), None))
         ]
         values = {}
-        for name in ("none", "add", "adaptive"):
-            specs = self._specs(name, 0)
+        for operator in (None, *Operator):
+            # Strong enough that a rank or a graph that leaves it out cannot go unseen.
+            spec = operator and SteeringSpec(
+                vector=f"{_NAME}0", version=1, coefficient=0.5, operator=operator
+            )
             requests = [
                 LogprobRequest(
                     request_id=prompt.prompt_id,
                     prompt=prompt,
                     token_ids=tuple(range(40, 72)),
-                    # Strong enough that both ranks must apply it to agree.
-                    steering=replace(specs[0], coefficient=0.5) if specs else None,
+                    steering=spec,
                 )
                 for prompt in prompts
             ]
-            values[name] = [value for row in self.engine.logprobs(requests) for value in row]
+            scored = [value for row in engine.logprobs(requests) for value in row]
+            values[operator.value if operator else "none"] = scored
         return values
+
+    def _vector(self, seed: int) -> SteeringVector:
+        """A random vector on all layers that opens every gate."""
+        assert self.engine is not None
+        info = self.engine.info
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(info.num_layers, info.hidden_size, generator=generator)
+        return SteeringVector(
+            layers=tuple(range(info.num_layers)),
+            directions=directions,
+            mean_norms=torch.full((info.num_layers,), info.hidden_size**0.5),
+            calibration=-10.0 * directions,
+            model_id=info.model_id,
+            model_revision=info.model_revision,
+        )
 
     def publish_all(self) -> dict[str, float]:
         """Publish one vector for each pair; latency in milliseconds."""
         assert self.engine is not None
-        info = self.engine.info
         times = []
-        generator = torch.Generator().manual_seed(0)
         for version in range(self.settings["pairs"]):
-            directions = torch.randn(info.num_layers, info.hidden_size, generator=generator)
-            vector = SteeringVector(
-                layers=tuple(range(info.num_layers)),
-                directions=directions,
-                mean_norms=torch.full((info.num_layers,), info.hidden_size**0.5),
-                # Opens every gate, so that `adaptive` really changes something.
-                calibration=-10.0 * directions,
-                model_id=info.model_id,
-                model_revision=info.model_revision,
-            )
+            vector = self._vector(version)
             begin = time.perf_counter()
             self.engine.publish(f"{_NAME}{version}", vector, 1)
             times.append(1e3 * (time.perf_counter() - begin))
@@ -294,6 +315,10 @@ class BenchEngine:
 def _distance(one: Sequence[float], other: Sequence[float]) -> float:
     """Largest difference."""
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def _mean_distance(one: Sequence[float], other: Sequence[float]) -> float:
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
 
 
 def spread(count: int) -> list[float]:

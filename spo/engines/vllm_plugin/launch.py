@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from spo.engines.vllm_plugin.wire import CONFIG_KEY, PluginConfig
+from spo.engines.vllm_plugin.wire import CONFIG_KEY, PluginConfig, op_version
 from spo.errors import EngineError
 from spo.records import Operator
 
@@ -49,14 +49,23 @@ class VllmSettings:
     """Further arguments of `vllm.LLM`, e.g. {"load_format": "dummy"}."""
 
 
-def start_llm(
-    model: str, revision: str | None, settings: VllmSettings, config: PluginConfig | None
-) -> Any:
-    """A `vllm.LLM`; with `config` its workers can steer, without it is plain vLLM.
+def plugin_config(settings: VllmSettings) -> PluginConfig:
+    """What these settings compile into the engine."""
+    rows = settings.capture_rows
+    if rows is None:
+        rows = 64 if on_cpu() else 0
+    return PluginConfig(
+        slots=settings.slots,
+        lanes=settings.lanes,
+        operators=settings.operators,
+        capture_rows=rows,
+        body=settings.body or default_body(),
+        version=op_version(),
+    )
 
-    Raises:
-        EngineError: vLLM does not start; the cause is in its log above.
-    """
+
+def engine_arguments(settings: VllmSettings, config: PluginConfig | None) -> dict[str, Any]:
+    """vLLM's engine arguments; with `config` its workers can steer, without it is plain vLLM."""
     options: dict[str, Any] = {
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
@@ -73,16 +82,49 @@ def start_llm(
         options["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * _GIB)
     if settings.gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    return {**options, **settings.engine_options}
+
+
+def start_llm(
+    model: str, revision: str | None, settings: VllmSettings, config: PluginConfig | None
+) -> Any:
+    """A `vllm.LLM`.
+
+    Raises:
+        EngineError: vLLM does not start; the cause is in its log above.
+    """
     inside = settings.in_process
     if inside is None:
         inside = on_cpu() and settings.tensor_parallel_size == 1
-    if inside:
-        options["distributed_executor_backend"] = "uni"
+    options = {"distributed_executor_backend": "uni"} if inside else {}
     from vllm import LLM
 
+    with _start_errors(model), _multiprocessing(not inside):
+        return LLM(model, revision=revision, **options, **engine_arguments(settings, config))
+
+
+def start_async_llm(
+    model: str, revision: str | None, settings: VllmSettings, config: PluginConfig
+) -> Any:
+    """A `vllm.v1.engine.async_llm.AsyncLLM`, its core in a process of its own.
+
+    Raises:
+        EngineError: vLLM does not start; the cause is in its log above.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    with _start_errors(model), _multiprocessing(True):
+        arguments = AsyncEngineArgs(
+            model=model, revision=revision, **engine_arguments(settings, config)
+        )
+        return AsyncLLM.from_engine_args(arguments)
+
+
+@contextmanager
+def _start_errors(model: str) -> Iterator[None]:
     try:
-        with _multiprocessing(not inside):
-            return LLM(model, revision=revision, **{**options, **settings.engine_options})
+        yield
     except (RuntimeError, ValueError, OSError) as error:
         raise EngineError(
             f"vLLM cannot start {model!r}: {error}. Its own log above names the cause"

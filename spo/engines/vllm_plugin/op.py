@@ -92,6 +92,25 @@ def steer_traced(
     return residual - removed(x, tables, plan).to(residual.dtype)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Selection:
+    """The steered tokens of one step; the same for every layer."""
+
+    rows: Tensor
+    """(k,) which tokens, int64."""
+    plan: Tensor
+    """(k, 3, lanes) int32."""
+    gated: bool
+    """Whether any of them reads the hidden state."""
+
+    @classmethod
+    def of(cls, plan: Tensor) -> Selection:
+        """Those that `plan` (n, 3, lanes) steers."""
+        rows = plan[:, 0, :].any(dim=-1).nonzero()[:, 0]
+        chosen = plan[rows]
+        return cls(rows=rows, plan=chosen, gated=bool((chosen[:, 2] != _ADD).any()))
+
+
 class Switch:
     """Whether the coming forward pass steers or captures any token. One for each process.
 
@@ -103,6 +122,8 @@ class Switch:
         self.on = False
         self.launches = 0
         """Calls of the steering operator while on; CUDA graph replays are not calls."""
+        self.selection: Selection | None = None
+        """CPU only: worked out once by the worker, so that not every layer has to."""
 
 
 SWITCH = Switch()
@@ -120,14 +141,14 @@ def _steer_cpu(
     if not SWITCH.on:
         return
     SWITCH.launches += 1
-    plan = plan[: residual.shape[0]]
-    live = plan[:, 0, :].any(dim=-1).nonzero()[:, 0]
-    if live.numel():
-        residual[live] = steer_traced(
-            None if hidden is None else hidden[live],
-            residual[live],
+    chosen = SWITCH.selection or Selection.of(plan[: residual.shape[0]])
+    if chosen.rows.numel():
+        gated = gated and chosen.gated
+        residual[chosen.rows] = steer_traced(
+            hidden[chosen.rows] if gated and hidden is not None else None,
+            residual[chosen.rows],
             (directions, calibration, scales),
-            plan[live],
+            chosen.plan,
             gated,
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spo.algorithms.positions import Span
 from spo.engines.vllm_plugin.graphs import can_twin, count_graphs, twin_graphs
-from spo.engines.vllm_plugin.op import SWITCH, LayerTables, after_layer
+from spo.engines.vllm_plugin.op import SWITCH, LayerTables, Selection, after_layer
 from spo.engines.vllm_plugin.routing import Router, StepPlan
 from spo.engines.vllm_plugin.seeds import make_rewindable, mark_generators
 from spo.engines.vllm_plugin.wire import PluginConfig, op_version
@@ -160,6 +160,8 @@ class WorkerSteering:
         plan = self.router.step(request_ids, computed, starts)
         if plan is not None:
             self._copy(plan)
+        if self.device.type == "cpu":
+            SWITCH.selection = Selection.of(self.plan[: int(starts[len(request_ids)])])
         if self.router.live and not SWITCH.on:
             raise SteeringError(
                 "a step with steered tokens was about to run without steering; nothing was "
