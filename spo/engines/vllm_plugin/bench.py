@@ -31,6 +31,7 @@ _TINY: dict[str, Any] = {
     "options": {"limit_mm_per_prompt": {"image": 1, "video": 0}},
     "image": 56,
     "check_shape": "llava-tiny",
+    "check_kv_cache_gib": 0.1,
     "eager": True,
     "engines": ["plain", "kernel"],
 }
@@ -47,6 +48,7 @@ _H200: dict[str, Any] = {
     },
     "image": 448,
     "check_shape": "llava-small",
+    "check_kv_cache_gib": 2.0,
     "eager": False,
     "engines": ["plain", "kernel"],
 }
@@ -150,7 +152,11 @@ class _Bench:
             for name in engines:
                 self._start_one(name, card, {**model, **share, "engine": name}, ranks)
         steered = [name for name in self.sizes["engines"] if name != "plain"]
-        small = {"shape": self.sizes["check_shape"], "weights": True, "kv_cache_gib": 2.0}
+        small = {
+            "shape": self.sizes["check_shape"],
+            "weights": True,
+            "kv_cache_gib": self.sizes["check_kv_cache_gib"],
+        }
         first = cards[0] if cards else None
         for name in steered[: 1 if ranks > 1 else None]:
             self._start_one(f"{name}, checked", first, {**small, "engine": name}, 1)
