@@ -18,9 +18,15 @@ from pydantic import Field, ValidationError
 from spo.config_base import Fraction, Positive
 from spo.config_base import Slice as _Slice
 from spo.config_datasets import DatasetConfig as DatasetConfig
+from spo.config_stage1 import AdversarialSource as AdversarialSource
+from spo.config_stage1 import AttributionSource as AttributionSource
+from spo.config_stage1 import ContinuationSource as ContinuationSource
 from spo.config_stage1 import EstimateConfig as EstimateConfig
 from spo.config_stage1 import ExtractConfig as ExtractConfig
+from spo.config_stage1 import FileSource as FileSource
+from spo.config_stage1 import InstructionSource as InstructionSource
 from spo.config_stage1 import SourceConfig as SourceConfig
+from spo.config_stage1 import TypographicSource as TypographicSource
 from spo.errors import ConfigError
 from spo.records import Operator, Positions
 

@@ -31,7 +31,7 @@ from spo.engines.vllm_plugin.wire import (
     cache_salt,
     op_version,
 )
-from spo.errors import EngineError, SteeringError
+from spo.errors import DataError, EngineError, SteeringError
 from spo.records import (
     FinishReason,
     GenerateRequest,
@@ -351,7 +351,7 @@ def _pooled_tokens(request: CaptureRequest, job: Job, prompts: PromptProcessor) 
     )
     count = int(chosen[1:].sum())
     if not count:
-        raise EngineError(
+        raise DataError(
             f"capture {request.request_id!r}: no token is left to pool over "
             f"({request.positions.value} of {len(index)} tokens, first one left out)"
         )
