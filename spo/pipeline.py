@@ -14,12 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
-from spo.algorithms.estimators import estimate
 from spo.artifact import SteeringArtifact, write_atomic
 from spo.config import RunConfig
-from spo.engines.identity import folder_revision
 from spo.errors import DataError
 from spo.evaluation import PromptSet, evaluate, format_table, save_report
 from spo.progress import Reporter, following
@@ -30,23 +26,21 @@ from spo.resources import (
     EvaluationInputs,
     ResolvedModel,
     alignment_arguments,
-    contrast_rows,
     evaluation_inputs,
     open_judge,
     resolve_model,
-    source_weights,
     toxicity_arguments,
     training_prompts,
 )
+from spo.stage1 import STAGE1, build_artifact, run_estimate, run_extract
 from spo.stages.attack import AttackJob, run_attack
 from spo.stages.coordinator import Coordinator, CoordinatorActor
-from spo.stages.extract import digest_of_rows, extract, load_activations
 from spo.stages.learn import TrainLoopSettings, Update, fit
 from spo.stages.rollout import RolloutPool
 from spo.stages.score import RewardPool
 from spo.vector import SteeringVector
 
-STAGE1, SPO = "stage1", "spo"
+SPO = "spo"
 HEADLINE_METRICS = ("toxicity", "nll", "attributes", "correct")
 
 
@@ -118,70 +112,6 @@ def prepare(config: RunConfig) -> None:
             f"cannot write to {config.run_dir}: {error.strerror}; set output_dir to a folder that "
             "can be written"
         ) from error
-
-
-def run_extract(config: RunConfig, reporter: Reporter) -> Path:
-    """Stage I, first half: pooled activations of all contrasts."""
-    model = resolve_model(config.model, config.cache)
-    rows, bad = contrast_rows(config)
-    reporter.stage(f"Extract activations of {len(rows)} rows")
-    content = digest_of_rows(rows) + folder_revision(model.path)
-    folder = extract(
-        rows,
-        config.run_dir / "activations",
-        model=model.path,
-        revision=model.revision,
-        config=config.extract,
-        digest=config.digest_of("seed", "model", "extract", also=model.path + content),
-    )
-    keep_quarantined(config, "extract", bad)
-    return folder
-
-
-def run_estimate(config: RunConfig, reporter: Reporter) -> SteeringArtifact:
-    """Stage I, second half: the vector, its layers and their weights."""
-    reporter.stage("Estimate the Stage I vector")
-    found = load_activations(config.run_dir / "activations", source_weights(config))
-    result = estimate(found.contrasts, found.layers, found.num_layers, config.estimate)
-    rows = list(result.chosen)
-    norms = torch.from_numpy(found.mean_norms[rows])
-    scale = torch.from_numpy(result.weights[rows]) * norms
-    vector = SteeringVector(
-        layers=tuple(found.layers[row] for row in rows),
-        directions=torch.from_numpy(result.units[rows]) * scale.unsqueeze(1),
-        mean_norms=norms,
-        calibration=torch.from_numpy(found.calibration[rows]),
-        model_id=found.model_id,
-        model_revision=found.model_revision,
-    )
-    curves = {
-        name: {
-            "auc": [interval.mean for interval in intervals],
-            "low": [interval.low for interval in intervals],
-            "high": [interval.high for interval in intervals],
-        }
-        for name, intervals in result.auc.items()
-    }
-    separability = {
-        "layers": list(found.layers),
-        "sources": curves,
-        "source_weights": {name: list(values) for name, values in result.source_weights.items()},
-        "combined": {"auc": list(result.mean_auc)},
-        "chosen": list(vector.layers),
-        "weights": result.weights[rows].tolist(),
-        "mean_norms": found.mean_norms.tolist(),
-        "cosines": {pair: list(values) for pair, values in result.cosines.items()},
-    }
-    write_atomic(config.run_dir / "separability.json", json.dumps(separability).encode())
-    keep_quarantined(config, "activations", found.quarantined)
-    artifact = _artifact(config, vector, config.estimate.method, found.data_sha256, parent="")
-    artifact.save(config.run_dir / STAGE1)
-    weights = ", ".join(
-        f"{layer} ({weight:.2f})"
-        for layer, weight in zip(vector.layers, separability["weights"], strict=True)
-    )
-    reporter.note(f"layers (weight): {weights}; sources: {', '.join(curves)}")
-    return artifact
 
 
 class Pools:
@@ -273,7 +203,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     write_atomic(config.run_dir / "history.jsonl", history.read_bytes())
     ray.kill(coordinator)
     method = f"{config.learn.objective} from {config.estimate.method}"
-    artifact = _artifact(config, vector, method, start.data_sha256, parent=start.vector.sha256)
+    artifact = build_artifact(config, vector, method, start.data_sha256, parent=start.vector.sha256)
     artifact.save(config.run_dir / SPO)
     return artifact
 
@@ -371,19 +301,4 @@ def _connected_coordinator(
         reward=config.reward,
         seed=config.seed,
         history=history,
-    )
-
-
-def _artifact(
-    config: RunConfig, vector: SteeringVector, method: str, data_sha256: str, *, parent: str
-) -> SteeringArtifact:
-    return SteeringArtifact(
-        vector=vector,
-        operator=config.steering.operator,
-        coefficient=config.steering.coefficient,
-        positions=config.steering.positions,
-        method=method,
-        data_sha256=data_sha256,
-        config_digest=config.digest,
-        parent=parent,
     )
