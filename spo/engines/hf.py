@@ -63,6 +63,8 @@ class HfEngine:
         EngineError: the model cannot be loaded, or its decoder blocks cannot be found.
     """
 
+    concurrent = False
+
     def __init__(
         self,
         model: str,
@@ -107,6 +109,12 @@ class HfEngine:
         check_belongs(vector, self._info)
         self._table.put(name, vector, version)
         return vector.sha256
+
+    def retire(self, name: str, version: int | None = None) -> None:
+        self._table.retire(name, version)
+
+    def alive(self) -> bool:
+        return True
 
     def close(self) -> None:
         del self.model, self.decoder, self.blocks
@@ -202,7 +210,7 @@ class HfEngine:
         if "pixel_values" in extras:
             extras["pixel_values"] = extras["pixel_values"].to(self.model.dtype)
         width = batch.answer_ids.shape[1]
-        with self._steered(batch, plan):
+        with self.steered(batch, plan):
             output = self.model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -252,7 +260,7 @@ class HfEngine:
                 handle.remove()
 
     @contextmanager
-    def _steered(self, batch: TokenBatch, plan: SteeringPlan | None) -> Iterator[None]:
+    def steered(self, batch: TokenBatch, plan: SteeringPlan | None) -> Iterator[None]:
         if plan is None:
             yield
             return
@@ -289,7 +297,7 @@ class HfEngine:
         extras = dict(batch.extras)
         if "pixel_values" in extras:
             extras["pixel_values"] = extras["pixel_values"].to(self.model.dtype)
-        with torch.no_grad(), self._steered(batch, plan):
+        with torch.no_grad(), self.steered(batch, plan):
             output = self.model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
