@@ -34,6 +34,7 @@ from spo.engines.plan import (
     pad_answers,
     token_logprobs,
 )
+from spo.engines.prefix import PrefixRunner
 from spo.engines.processing import PromptProcessor
 from spo.errors import EngineError
 from spo.records import (
@@ -90,6 +91,7 @@ class HfEngine:
         self.batch_size = batch_size
         self.decoder: nn.Module = self.model.get_decoder()
         self.blocks = find_blocks(self.decoder, self.model.config.get_text_config())
+        self.answer_scores = PrefixRunner(self.model, list(self.blocks), self.steered).scores
         self._table = VectorTable()
         self._info = EngineInfo(
             model_id=model_identity(model),
@@ -117,7 +119,7 @@ class HfEngine:
         return True
 
     def close(self) -> None:
-        del self.model, self.decoder, self.blocks
+        del self.model, self.decoder, self.blocks, self.answer_scores
 
     def plan(self, spec: SteeringSpec | None) -> SteeringPlan | None:
         """Tensors of what a request asks for; SteeringError when it is not published."""
