@@ -15,7 +15,7 @@ from spo.engines.vllm_plugin.canary import Logprobs
 from spo.engines.vllm_plugin.desk import Binding
 from spo.engines.vllm_plugin.session import Job, RequestBuilder, sampling_params
 from spo.engines.vllm_plugin.wire import PluginConfig
-from spo.errors import EngineError, SteeringError
+from spo.errors import DataError, SteeringError
 from spo.records import FinishReason, GenerateRequest, Rollout, Sampling, SteeringReceipt
 
 _FINISH = {
@@ -98,7 +98,7 @@ def rollout_of(
 
 
 def pooled_tokens(request: CaptureRequest, job: Job, prompts: PromptProcessor) -> int:
-    """How many tokens a capture must pool; EngineError if none is left."""
+    """How many tokens a capture must pool; DataError if none is left."""
     spans: tuple[Span, ...] = prompts.spans(job.tokens)
     index = np.arange(len(job.tokens), dtype=np.int64)
     chosen = select_positions(
@@ -106,7 +106,7 @@ def pooled_tokens(request: CaptureRequest, job: Job, prompts: PromptProcessor) -
     )
     count = int(chosen[1:].sum())
     if not count:
-        raise EngineError(
+        raise DataError(
             f"capture {request.request_id!r}: no token is left to pool over "
             f"({request.positions.value} of {len(index)} tokens, first one left out)"
         )
