@@ -49,8 +49,7 @@ def _matrix(record: RunRecord, theme: Theme) -> Figure | None:
     values = np.array([[math.nan if i is None else i.mean for i in line] for line in found])
     panel = panels(theme, (0.9 + 0.52 * len(rows),))[0]
     panel.grid(visible=False)
-    colours = mpl.colormaps["YlOrRd"].copy()
-    colours.set_bad(theme.line)
+    colours = mpl.colormaps["YlOrRd"].with_extremes(bad=theme.line)
     top = max(0.05, float(np.nanmax(values))) if np.isfinite(values).any() else 1.0
     panel.imshow(values, cmap=colours, vmin=0.0, vmax=top, aspect="auto")
     metric = metric_named(_measured(report))
