@@ -168,7 +168,7 @@ def _curve_sets(
             only=defence,
         )
         for (name, defence), curve in pictures.items()
-        if name == attack.name and few
+        if name == attack.name == curve["attack"] and few
         for look in curve["checkpoints"]
     ]
 
@@ -184,7 +184,7 @@ def _pictures(
     if inputs.attacked is None or inputs.attack_start is None:
         return {}
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    waiting: dict[str, tuple[tuple[str, str], str]] = {}
+    waiting: dict[str, tuple[list[tuple[str, str]], str]] = {}
     jobs: list[AttackJob] = []
     for attack in config.evaluate.attacks:
         if attack.kind != "pgd":
@@ -193,30 +193,34 @@ def _pictures(
             job = _job(config, inputs, attack, defence, model)
             digest = _digest(job)
             kept = _kept(job, digest)
-            if kept is None:
-                jobs.append(job)
-                waiting[job.name] = ((attack.name, defence.name), digest)
-            else:
+            if kept is not None:
                 found[attack.name, defence.name] = kept
+                continue
+            if job.name not in waiting:
+                jobs.append(job)
+            keys, _ = waiting.setdefault(job.name, ([], digest))
+            keys.append((attack.name, defence.name))
     if jobs:
         reporter.note(f"{len(jobs)} picture attacks: {', '.join(job.name for job in jobs)}")
 
     def done(job: AttackJob, curve: dict[str, Any]) -> None:
-        key, digest = waiting[job.name]
-        content = {**curve, "digest": digest, "attack": key[0], "defence": key[1]}
+        keys, digest = waiting.pop(job.name)
+        attack, _, defence = job.name.partition("--")
+        content = {**curve, "digest": digest, "attack": attack, "defence": defence}
         content["budget"] = job.config.model_dump(mode="json")
         write_atomic(job.folder / f"{job.name}.json", json.dumps(content).encode())
-        found[key] = content
+        found.update(dict.fromkeys(keys, content))
         reporter.step(
-            len(found),
-            len(found) + len(jobs) - sum(waiting[j.name][0] in found for j in jobs),
+            len(jobs) - len(waiting),
+            len(jobs),
             f"{job.name}: loss {curve['clean_loss']:.2f} -> {curve['attacked_loss']:.2f}",
         )
 
     run_attacks(jobs, done)
     if found:
         widest = max(found.values(), key=lambda c: (c["defence"] == "none", c["epsilon_255"]))
-        index = {**widest, "curves": list(found.values())}
+        each = {(c["attack"], c["defence"]): c for c in found.values()}
+        index = {**widest, "curves": list(each.values())}
         write_atomic(config.run_dir / "attack.json", json.dumps(index).encode())
     return found
 
@@ -228,6 +232,8 @@ def _job(
     defence: Defence,
     model: ResolvedModel,
 ) -> AttackJob:
+    if defence is UNDEFENDED:  # without a defence the adaptive attack is the blind one
+        attack = attack.model_copy(update={"adaptive": False})
     each = attack.target == "prompt"
     attacked = next(part for part in inputs.sets if part.condition == inputs.attacked)
     prompts = attacked.prompts if each else inputs.attack_prompts
