@@ -95,7 +95,7 @@ def test_finished_folder_is_read_back(tmp_path: Path, storage: str) -> None:
     (contrast,) = found.contrasts
     assert contrast.weight == 0.5
     blocks = list(contrast.blocks())
-    assert list(contrast.blocks())[0].ids == blocks[0].ids  # readable again and again
+    assert next(iter(contrast.blocks())).ids == blocks[0].ids  # readable again and again
     (block,) = blocks
     assert block.values.shape == (4, LAYERS, HIDDEN)
     assert dict(zip(block.ids, block.harm.tolist(), strict=True)) == {

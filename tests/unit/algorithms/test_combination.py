@@ -1,4 +1,4 @@
-"""Sources are combined by what they separate, layers chosen on held-out rows, claims kept honest."""
+"""Sources are combined by what they separate; layers are chosen on held-out rows."""
 
 from __future__ import annotations
 
