@@ -9,6 +9,7 @@ written as soon as it is known.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -298,6 +299,7 @@ def _measure_ray(
 
     on_gpu = sizes["device"] == "cuda"
     if not ray.is_initialized():
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of this process alone
         ray.init(address="local", num_cpus=max(4, 2 * workers), log_to_driver=False)
     rows = [
         ContrastRow(
