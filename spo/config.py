@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from spo.errors import ConfigError
 from spo.records import Operator, Positions
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Location = Annotated[str, BeforeValidator(lambda value: str(value) if value else value)]
+"""A folder, or a URL that pyarrow knows, such as s3://bucket/prefix."""
 
 
 class _Slice(BaseModel):
@@ -229,7 +238,8 @@ class RunConfig(_Slice):
 
     name: str = "testbed"
     seed: int = 0
-    output_dir: Path = Path("outputs")
+    output_dir: Location = "outputs"
+    """Folder, or URL such as s3://bucket/prefix; a run writes to `output_dir/name`."""
     cache_dir: Path = Path("~/.cache/spo-vlm")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -244,9 +254,21 @@ class RunConfig(_Slice):
     ray: RayConfig = RayConfig()
 
     @property
+    def run_url(self) -> str | None:
+        """URL of this run when its outputs go to remote storage; None for a folder."""
+        return f"{self.output_dir.rstrip('/')}/{self.name}" if "://" in self.output_dir else None
+
+    @property
     def run_dir(self) -> Path:
-        """Absolute folder of this run's outputs."""
-        return (self.output_dir / self.name).expanduser().absolute()
+        """Absolute folder of this run's outputs; a local mirror of `run_url` if there is one."""
+        if self.run_url is not None:
+            return self.cache / "mirror" / f"{self.name}-{_digest(self.run_url)[:8]}"
+        return (Path(self.output_dir) / self.name).expanduser().absolute()
+
+    @property
+    def storage(self) -> str:
+        """What Ray writes to from any node: `run_url`, or `run_dir` as text."""
+        return self.run_url or str(self.run_dir)
 
     @property
     def cache(self) -> Path:

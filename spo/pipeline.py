@@ -269,7 +269,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
         )
 
     with following(history, show):
-        vector = fit(settings, train, name=f"train-{digest}", storage=config.run_dir)
+        vector = fit(settings, train, name=f"train-{digest}", storage=config.storage)
     write_atomic(config.run_dir / "history.jsonl", history.read_bytes())
     ray.kill(coordinator)
     method = f"{config.learn.objective} from {config.estimate.method}"

@@ -271,10 +271,11 @@ Loop = Callable[..., SteeringVector]
 """`spo.pipeline.train`, handed in so that the order of the steps stays written in one place."""
 
 
-def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: Path) -> SteeringVector:
+def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: str) -> SteeringVector:
     """Run the preference loop under Ray Train and return the trained vector.
 
-    The same name and storage continue an interrupted run at its last checkpoint.
+    The same name and storage (a folder or URL that every node can write) continue an interrupted
+    run at its last checkpoint.
 
     Raises:
         StageError: training failed; the message holds the worker's own first error.
@@ -296,7 +297,7 @@ def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: Path) ->
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(storage),
+            storage_path=storage,
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=3),
         ),
