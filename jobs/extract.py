@@ -16,7 +16,7 @@ def _run(_: argparse.Namespace, config: RunConfig) -> None:
     from spo.progress import ConsoleReporter
 
     prepare(config)
-    with command.cluster(config):
+    with command.cluster(config, ("extract",)):
         folder = run_extract(config, ConsoleReporter())
     print(f"activations: {folder}")
 

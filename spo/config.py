@@ -92,6 +92,8 @@ class ExtractConfig(_Slice):
     """GPU share of each worker; 0 runs on the CPU."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     batch_size: Positive = 32
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that a Ray node must have to hold its workers, e.g. {role: extract}."""
 
 
 class EstimateConfig(_Slice):
@@ -131,6 +133,8 @@ class EngineConfig(_Slice):
     """GPU share of each replica in Ray; 0 runs on the CPU."""
     start_timeout_s: Positive = 600
     request_timeout_s: Positive = 600
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that a Ray node must have to hold an engine, e.g. {role: rollout}."""
 
 
 class RolloutConfig(_Slice):
@@ -161,6 +165,8 @@ class RewardConfig(_Slice):
     """Taken off when a benign prompt is answered by a refusal or by nothing."""
     replicas: Positive = 1
     timeout_s: Positive = 300
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that a Ray node must have to hold a scorer, e.g. {role: scorer}."""
 
 
 class LearnConfig(_Slice):
@@ -189,6 +195,8 @@ class LearnConfig(_Slice):
     num_gpus: Annotated[float, Field(gt=0)] = 1.0
     """GPU share of each worker, with `use_gpu`; below 1 it shares a card with an engine."""
     max_failures: Annotated[int, Field(ge=0)] = 2
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that a Ray node must have to hold a learner, e.g. {role: learner}."""
 
 
 class AttackConfig(_Slice):
@@ -231,6 +239,8 @@ class RayConfig(_Slice):
     num_cpus: Positive | None = None
     """CPUs of a local cluster; None takes Ray's own count."""
     namespace: str = "spo"
+    node_wait_s: Annotated[int, Field(ge=0)] = 0
+    """How long an autoscaler gets to add nodes that a job lacks; 0 refuses at once."""
 
 
 class RunConfig(_Slice):
@@ -291,7 +301,15 @@ class RunConfig(_Slice):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def _placeless(content: Any) -> Any:
+    """Without node labels: where a process runs does not change what it computes."""
+    if isinstance(content, dict):
+        return {key: _placeless(value) for key, value in content.items() if key != "labels"}
+    return [_placeless(item) for item in content] if isinstance(content, list) else content
+
+
 def _digest(content: object) -> str:
+    content = _placeless(content)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -187,6 +187,7 @@ def extract(
         compute=ray.data.ActorPoolStrategy(size=config.workers),
         num_cpus=1,
         num_gpus=config.num_gpus or None,
+        label_selector=config.labels,
     )
     try:
         mapped.write_parquet(str(folder / "activations"))

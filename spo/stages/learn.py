@@ -291,6 +291,7 @@ def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: str) -> 
         scaling_config=ScalingConfig(
             num_workers=config.workers,
             use_gpu=config.use_gpu,
+            label_selector=config.labels or None,
             # It works while the engines wait, so it asks for next to no CPU of its own.
             resources_per_worker={"CPU": 0.1}
             | ({"GPU": config.num_gpus} if config.use_gpu else {}),

@@ -102,6 +102,7 @@ class RolloutPool:
                 name=f"{prefix}-engine-{i}",
                 num_cpus=1,
                 num_gpus=config.num_gpus,
+                label_selector=config.labels,
                 max_restarts=3,
                 max_task_retries=0,
             ).remote(model, revision, config, seed + i)

@@ -73,7 +73,12 @@ class RewardPool:
         """Start the scorers as named actors and wait until their models are loaded."""
         actors = [
             ray.remote(ScorerActor)
-            .options(name=f"{prefix}-scorer-{i}", num_cpus=0.5, max_restarts=3)
+            .options(
+                name=f"{prefix}-scorer-{i}",
+                num_cpus=0.5,
+                max_restarts=3,
+                label_selector=config.labels,
+            )
             .remote(toxicity, alignment)
             for i in range(config.replicas)
         ]

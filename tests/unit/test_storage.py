@@ -109,7 +109,9 @@ def test_a_job_sends_while_it_runs_and_when_it_fails(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("s3")
 def test_a_missing_bucket_is_said_before_anything_starts(tmp_path: Path) -> None:
     with (
-        pytest.raises(DataError, match=r"s3://nowhere/run cannot be written.*check that the bucket"),
+        pytest.raises(
+            DataError, match=r"s3://nowhere/run cannot be written.*check that the bucket"
+        ),
         storage.mirrored("s3://nowhere/run", tmp_path / "run", warn=print),
     ):
         pytest.fail("the job must not begin")
