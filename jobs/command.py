@@ -128,7 +128,7 @@ def connect(config: RunConfig) -> bool:
             logging_level=logging.WARNING,
             runtime_env={"env_vars": {**threads, "GOMP_SPINCOUNT": "0"}} if local else None,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises a bare Exception when a node does not start in time
         raise StageError(
             f"cannot connect to Ray at {address or 'a local cluster'}: {error}; look at the "
             "address, RAY_AUTH_MODE and the versions with `python -m jobs.doctor`"
@@ -168,7 +168,8 @@ def _check_room(config: RunConfig, stages: Sequence[str]) -> None:
             if not asked:
                 from ray.autoscaler.sdk import request_resources
 
-                request_resources(bundles=bundles_of(phases))
+                bundles, labels = bundles_of(phases)
+                request_resources(bundles=bundles, bundle_label_selectors=labels)
                 print(f"{error}\nwaiting up to {config.ray.node_wait_s} s for the autoscaler")
                 asked = True
             time.sleep(2.0)
@@ -188,7 +189,9 @@ class _RunLock:
         name = f"run-{hashlib.sha256(config.storage.encode()).hexdigest()[:16]}"
         job = ray.get_runtime_context().get_job_id()
         try:
-            self._actor = ray.remote(_Holder).options(name=name, num_cpus=0).remote(job)
+            self._actor = (
+                ray.remote(_Holder).options(name=name, num_cpus=0, max_restarts=-1).remote(job)
+            )
         except ValueError as error:
             raise StageError(
                 f"another job{_holder_of(name)} on this cluster is working on {config.storage}; "

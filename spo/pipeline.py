@@ -133,6 +133,7 @@ def run_extract(config: RunConfig, reporter: Reporter) -> Path:
         revision=model.revision,
         config=config.extract,
         digest=config.digest_of("seed", "model", "extract", also=model.path + content),
+        store=f"{config.storage}/activations",
     )
     keep_quarantined(config, "extract", bad)
     return folder
@@ -141,7 +142,9 @@ def run_extract(config: RunConfig, reporter: Reporter) -> Path:
 def run_estimate(config: RunConfig, reporter: Reporter) -> SteeringArtifact:
     """Stage I, second half: the vector, its layers and their weights."""
     reporter.stage("Estimate the Stage I vector")
-    found = load_activations(config.run_dir / "activations", source_weights(config))
+    found = load_activations(
+        config.run_dir / "activations", source_weights(config), f"{config.storage}/activations"
+    )
     result = estimate(found.contrasts, found.layers, found.num_layers, config.estimate)
     rows = list(result.chosen)
     norms = torch.from_numpy(found.mean_norms[rows])

@@ -22,7 +22,7 @@ from pyarrow import fs
 
 from spo.errors import DataError
 
-_OWNED_BY_RAY = ("train-", "sweep-", "activations/activations")
+_OWNED_BY_RAY = ("train-", "sweep-", "activations/activations", "activations/input")
 """Beginnings of paths, relative to the run, that Ray writes to the URL itself."""
 _PERIOD_S = 10.0
 _CONNECT_S, _REQUEST_S = 5.0, 15.0

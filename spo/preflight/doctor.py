@@ -60,7 +60,7 @@ def warning(check: str, found: str, mend: str) -> Finding:
 
 
 def question_of(config: RunConfig, marker: str) -> Question:
-    """What the nodes are to look for, by the configuration: models, checkpoints and prompt files."""
+    """What the nodes are to look for: models, checkpoints and prompt files by their settings."""
     named = [config.model.id, config.reward.toxicity_model, config.evaluate.judge]
     files = [config.data.train, config.data.heldout]
     sources = [str(source.path) for source in config.extract.sources if source.path]
@@ -204,8 +204,8 @@ def _places(config: RunConfig, facts: NodeFacts, *, alone: bool) -> list[Finding
             problem(
                 "storage",
                 f"{facts.node}: {facts.storage_error}",
-                "mount the same volume on every node, or set output_dir=s3://bucket/prefix and give "
-                "every node the AWS_ variables",
+                "mount the same volume on every node, or set output_dir=s3://bucket/prefix and "
+                "give every node the AWS_ variables",
             )
         )
     if facts.cache_error:

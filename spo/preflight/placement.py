@@ -151,13 +151,10 @@ def check_room(phases: Mapping[str, Sequence[Role]], rooms: Sequence[Room]) -> d
     return plans
 
 
-def bundles_of(phases: Mapping[str, Sequence[Role]]) -> list[dict[str, float]]:
-    """Resources of the largest phase, one entry a process, as the autoscaler wants them."""
-    largest = max(
-        phases.values(), key=lambda roles: sum(r.count * (r.gpus or r.cpus) for r in roles)
-    )
-    return [
-        {"CPU": role.cpus} | ({"GPU": role.gpus} if role.gpus else {})
-        for role in largest
-        for _ in range(role.count)
-    ]
+def bundles_of(
+    phases: Mapping[str, Sequence[Role]],
+) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+    """Resources and labels of every process, stage by stage, as the autoscaler wants them."""
+    roles = [role for stage in phases.values() for role in stage for _ in range(role.count)]
+    resources = [{"CPU": role.cpus} | ({"GPU": role.gpus} if role.gpus else {}) for role in roles]
+    return resources, [dict(role.labels) for role in roles]

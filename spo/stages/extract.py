@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow import fs
 
 from spo.algorithms.estimators import Contrast
 from spo.artifact import write_atomic
@@ -154,8 +155,18 @@ def extract(
     revision: str | None,
     config: ExtractConfig,
     digest: str,
+    store: str | None = None,
 ) -> Path:
     """Write the activations of all rows to `folder`; a finished folder of the same digest is kept.
+
+    Args:
+        rows: what to read.
+        folder: the driver's folder; manifest and input go there.
+        model: local folder or hub id.
+        revision: hub revision.
+        config: workers and batches.
+        digest: what the result depends on.
+        store: folder or URL that every worker can write, for the Parquet; None takes `folder`.
 
     Raises:
         DataError: two rows share an id, there are none, or the folder is of another configuration.
@@ -174,10 +185,14 @@ def extract(
             "choose another run name or delete the folder"
         )
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "input").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    data = _data_place(folder, store)
+    _empty(data)
+    source = f"{store or folder}/input"
+    _empty(source)
     texts = [row_to_json(row) for row in rows]
-    pq.write_table(pa.table({"row": texts}), folder / "input" / "rows.parquet")
-    dataset = ray.data.read_parquet(str(folder / "input")).repartition(
+    pq.write_table(pa.table({"row": texts}), f"{source}/rows.parquet")
+    dataset = ray.data.read_parquet(source).repartition(
         target_num_rows_per_block=config.batch_size * 4
     )
     mapped = dataset.map_batches(
@@ -190,19 +205,22 @@ def extract(
         label_selector=config.labels,
     )
     try:
-        mapped.write_parquet(str(folder / "activations"))
+        mapped.write_parquet(data)
     except ray.exceptions.RayError as error:
         raise StageError(f"extraction failed: {error}") from error
-    _finish(folder, rows, config, digest)
+    _finish(folder, data, rows, config, digest)
     return folder
 
 
-def load_activations(folder: Path, weights: Mapping[str, float]) -> Activations:
+def load_activations(
+    folder: Path, weights: Mapping[str, float], store: str | None = None
+) -> Activations:
     """Read a finished extraction.
 
     Args:
         folder: folder that `extract` finished.
         weights: weight of each source; sources without one count 1.
+        store: as in `extract`.
 
     Raises:
         DataError: the folder is unfinished, or a Parquet file is damaged.
@@ -212,7 +230,7 @@ def load_activations(folder: Path, weights: Mapping[str, float]) -> Activations:
         raise DataError(f"{folder} holds no finished extraction; run jobs.extract first")
     manifest = json.loads(manifest_path.read_text())
     try:
-        table = pq.read_table(folder / "activations")
+        table = pq.read_table(_data_place(folder, store))
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(
             f"{folder / 'activations'} cannot be read ({error}); a file is damaged or cut short: "
@@ -280,9 +298,22 @@ def _check_rows(rows: Sequence[ContrastRow]) -> None:
         )
 
 
-def _finish(folder: Path, rows: Sequence[ContrastRow], config: ExtractConfig, digest: str) -> None:
+def _data_place(folder: Path, store: str | None) -> str:
+    return f"{store or folder}/activations"
+
+
+def _empty(place: str) -> None:
+    """Remove the Parquet of an extraction that did not finish."""
+    system, path = fs.FileSystem.from_uri(place)
+    system.create_dir(path, recursive=True)
+    system.delete_dir_contents(path)
+
+
+def _finish(
+    folder: Path, data: str, rows: Sequence[ContrastRow], config: ExtractConfig, digest: str
+) -> None:
     """Count what was written and seal the folder with its manifest."""
-    table = pq.read_table(folder / "activations", columns=["row_id", "reason", "model"])
+    table = pq.read_table(data, columns=["row_id", "reason", "model"])
     written = Counter(table["row_id"].to_pylist())
     wanted = {row.prompt.prompt_id for row in rows}
     if set(written) != wanted or max(written.values()) > 1:
