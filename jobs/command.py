@@ -34,13 +34,20 @@ def main(
 ) -> None:
     """Parse, validate, then `call`; errors meant for people come without a traceback."""
     arguments = made.parse_intermixed_args()
-    try:
+    with errors_for_people():
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             print(config.to_yaml(), end="")
             return
-        with _mirrored(config):
+        with mirrored(config):
             call(arguments, config)
+
+
+@contextmanager
+def errors_for_people() -> Iterator[None]:
+    """Errors that say what to do end the program without a traceback (SPO_TRACEBACK=1 shows it)."""
+    try:
+        yield
     except SpoError as error:
         if os.environ.get("SPO_TRACEBACK"):
             raise
@@ -55,17 +62,17 @@ def main(
 
 
 @contextmanager
-def _mirrored(config: RunConfig) -> Iterator[None]:
+def mirrored(config: RunConfig) -> Iterator[None]:
     """With a URL as `output_dir`: its files here while the job works, and back when it ends."""
     if config.run_url is None:
         yield
         return
-    from spo.storage import mirrored
+    from spo.storage import mirrored as keep_mirrored
 
     def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr)
 
-    with mirrored(config.run_url, config.run_dir, warn=warn):
+    with keep_mirrored(config.run_url, config.run_dir, warn=warn):
         yield
 
 
@@ -151,28 +158,31 @@ def _check_room(config: RunConfig, stages: Sequence[str]) -> None:
     if not stages:
         return
     import ray
+    from ray.autoscaler.sdk import request_resources
 
     from spo.preflight.placement import Room, bundles_of, check_room, phases_of
 
     phases = phases_of(config, stages)
     end = time.monotonic() + config.ray.node_wait_s
     asked = False
-    while True:
-        rooms = [Room.of(node) for node in ray.nodes() if node["Alive"]]
-        try:
-            check_room(phases, rooms)
-            return
-        except StageError as error:
-            if time.monotonic() >= end:
-                raise
-            if not asked:
-                from ray.autoscaler.sdk import request_resources
-
-                bundles, labels = bundles_of(phases)
-                request_resources(bundles=bundles, bundle_label_selectors=labels)
-                print(f"{error}\nwaiting up to {config.ray.node_wait_s} s for the autoscaler")
-                asked = True
-            time.sleep(2.0)
+    try:
+        while True:
+            rooms = [Room.of(node) for node in ray.nodes() if node["Alive"]]
+            try:
+                check_room(phases, rooms)
+                return
+            except StageError as error:
+                if time.monotonic() >= end:
+                    raise
+                if not asked:
+                    bundles, labels = bundles_of(phases)
+                    request_resources(bundles=bundles, bundle_label_selectors=labels)
+                    print(f"{error}\nwaiting up to {config.ray.node_wait_s} s for the autoscaler")
+                    asked = True
+                time.sleep(2.0)
+    finally:
+        if asked:  # a request stands until it is taken back, and would hold the nodes for ever
+            request_resources(num_cpus=0)
 
 
 class _RunLock:

@@ -80,7 +80,7 @@ class Site:
         return load_config(None, self.settings(*settings))
 
     def add_worker(self) -> Any:
-        return self.cluster.add_node(num_cpus=3, labels={"role": "rollout"})
+        return patiently(lambda: self.cluster.add_node(num_cpus=3, labels={"role": "rollout"}))
 
     def node_of(self, part: str) -> Any:
         """The cluster's node that holds the living actor whose class or name contains `part`."""
@@ -95,6 +95,17 @@ class Site:
         return next(n for n in self.cluster.worker_nodes if n.node_id in homes)
 
 
+def patiently(start: Callable[[], Any]) -> Any:
+    """Start a node; on a busy machine Ray's own 30 seconds are short."""
+    for _ in range(3):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Head and two workers; every process of them inherits the S3 server's address."""
@@ -107,7 +118,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         # Ray ends workers when the machine runs short of memory, whoever uses it.
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")
         storage._impatient_s3.cache_clear()
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
+        cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 3}))
         made = Site(cluster, cache, folder / "prompts.jsonl", f"s3://{BUCKET}/{folder.name}")
         made.add_worker()
         made.add_worker()
