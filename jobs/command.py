@@ -146,11 +146,13 @@ def connect(config: RunConfig) -> bool:
 
 
 def _check_nodes(config: RunConfig) -> None:
-    from spo.preflight.nodes import Question, ask_here, ask_nodes, check_versions
+    from spo.preflight.nodes import Question, ask_here, ask_nodes, check_nodes, marker_in
 
-    others, silent = ask_nodes(Question(), timeout_s=_NODES_S)
-    here = ask_here(Question(), "driver", 0.0)
-    check_versions(here, others, silent, needs_plugin=config.engine.backend == "vllm")
+    with marker_in(config.run_dir) as marker:
+        question = Question(marker=marker)
+        others, silent = ask_nodes(question, timeout_s=_NODES_S)
+        here = ask_here(question, "driver", 0.0)
+    check_nodes(here, others, silent, needs_plugin=config.engine.backend == "vllm")
 
 
 def _check_room(config: RunConfig, stages: Sequence[str]) -> None:

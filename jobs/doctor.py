@@ -19,7 +19,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from jobs import command
 from spo.config import RunConfig, load_config
 from spo.errors import SpoError
 from spo.preflight.doctor import Finding, State, examine, good, problem, question_of, warning, worst
+from spo.preflight.nodes import Question
 from spo.preflight.placement import Room
 
 _NODES_S = 180.0  # importing vLLM for the first time on a cold volume takes minutes
@@ -35,7 +35,7 @@ _HTTP_S = 5.0
 
 def diagnose(config: RunConfig) -> list[Finding]:
     """Every finding; connects to the cluster of the job, the configured one, or a local one."""
-    from spo.preflight.nodes import ask_here, ask_nodes, marker_in
+    from spo.preflight.nodes import marker_in
     from spo.storage import check_writable
 
     findings = _authentication()
@@ -45,28 +45,29 @@ def diagnose(config: RunConfig) -> list[Finding]:
     except SpoError as error:
         findings.append(problem("storage", str(error), "see the message; nothing can be saved"))
     try:
-        marker = marker_in(config.cache)
+        with marker_in(config.cache) as marker:
+            return findings + _on_cluster(config, question_of(config, marker))
     except OSError as error:
-        marker = ""
-        findings.append(problem("cache", str(error), "set cache_dir to a folder you can write"))
-    question = question_of(config, marker)
+        return [*findings, problem("cache", str(error), "set cache_dir to a folder you can write")]
+
+
+def _on_cluster(config: RunConfig, question: Question) -> list[Finding]:
+    from spo.preflight.nodes import ask_here, ask_nodes
+
     try:
         here = ask_here(question, "this process", 0.0)
         command.connect(config)
     except SpoError as error:
-        return [*findings, problem("cluster", str(error), "see the message; nodes were not asked")]
+        return [problem("cluster", str(error), "see the message; nodes were not asked")]
     import ray
 
     try:
-        findings += _dashboard()
-        findings += _serve_port()
+        findings = _dashboard() + _serve_port()
         others, silent = ask_nodes(question, timeout_s=_NODES_S)
         rooms = [Room.of(node) for node in ray.nodes() if node["Alive"]]
         return findings + examine(config, here, others, silent, rooms)
     finally:
         ray.shutdown()
-        with suppress(OSError):
-            (config.cache / marker).unlink() if marker else None
 
 
 def _authentication() -> list[Finding]:

@@ -2,8 +2,9 @@
 
 Code reads and writes `config.run_dir` as a folder. When `output_dir` is a URL, `mirrored` copies
 what the URL holds into that folder first, copies changed files back while the job runs and again
-when it ends; the newer copy of a file wins. What Ray writes from other nodes (Train and Tune
-checkpoints, Parquet of Ray Data) goes to the URL directly and is never copied.
+when it ends; the newer copy of a file wins. Ray Train's checkpoints go to the URL directly, from
+whichever node the learner is on, and are never copied. On a cluster of several nodes the local
+folder (in `cache_dir`) must be one that all of them mount: they write Parquet into it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from pyarrow import fs
 
 from spo.errors import DataError
 
-_OWNED_BY_RAY = ("train-", "sweep-", "activations/activations", "activations/input")
-"""Beginnings of paths, relative to the run, that Ray writes to the URL itself."""
+_OWNED_BY_RAY = ("train-",)
+"""Beginnings of paths, relative to the run, that Ray Train writes to the URL itself."""
 _PERIOD_S = 10.0
 _CONNECT_S, _REQUEST_S = 5.0, 15.0
 _PENDING = ".part"
+_CHUNK = 1 << 22
 
 
 def open_location(location: str) -> tuple[Any, str]:
@@ -128,7 +130,7 @@ class Mirror:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 part = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_PENDING}")
                 with self._system.open_input_stream(info.path) as source, part.open("wb") as file:
-                    while chunk := source.read(1 << 22):
+                    while chunk := source.read(_CHUNK):
                         file.write(chunk)
                 os.utime(part, ns=(stamp, stamp))
                 part.replace(target)
@@ -148,8 +150,7 @@ class Mirror:
                 with suppress(FileNotFoundError):  # replaced while we looked: the next push sees it
                     state = _state(path)
                     if self._seen.get(name) != state:
-                        with self._system.open_output_stream(f"{self._path}/{name}") as out:
-                            out.write(path.read_bytes())
+                        self._send(path, name)
                         self._seen[name] = state
                         sent.append(name)
             for name in [name for name in self._seen if name not in files]:
@@ -157,6 +158,12 @@ class Mirror:
                     self._system.delete_file(f"{self._path}/{name}")
                 del self._seen[name]
         return sent
+
+    def _send(self, path: Path, name: str) -> None:
+        there = f"{self._path}/{name}"
+        with path.open("rb") as file, self._system.open_output_stream(there) as out:
+            while chunk := file.read(_CHUNK):
+                out.write(chunk)
 
     def _local_files(self) -> Iterator[tuple[str, Path]]:
         for path in sorted(self._folder.rglob("*")):

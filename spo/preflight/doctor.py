@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from spo.config import RunConfig
+from spo.config import FileSource, RunConfig
 from spo.errors import StageError
 from spo.preflight.nodes import NO_PLUGIN, NodeFacts, Question, differences
 from spo.preflight.placement import Room, check_room, phases_of
@@ -63,7 +63,7 @@ def question_of(config: RunConfig, marker: str) -> Question:
     """What the nodes are to look for: models, checkpoints and prompt files by their settings."""
     named = [config.model.id, config.reward.toxicity_model, config.evaluate.judge]
     files = [config.data.train, config.data.heldout]
-    sources = [str(source.path) for source in config.extract.sources if source.path]
+    sources = [str(s.path) for s in config.extract.sources if isinstance(s, FileSource)]
     paths = [value for value in (*named, *files) if _is_path(value)] + sources
     hub = config.model.id
     return Question(

@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -31,7 +31,7 @@ class Question:
     cache: str | None = None
     """Cache folder; None asks for versions only."""
     marker: str = ""
-    """File in the cache that another node wrote."""
+    """File that another node wrote; to be seen where its folder is shared."""
     storage: str | None = None
     """Folder or URL that must be writable from here."""
     paths: Sequence[str] = ()
@@ -63,9 +63,9 @@ class NodeFacts:
     """Memory of the machine or container."""
     shared_memory_gib: float = 0.0
     """Free in /dev/shm."""
+    sees_marker: bool = True
     cache_error: str = ""
     cache_free_gib: float = 0.0
-    sees_marker: bool = True
     storage_error: str = ""
     missing_paths: tuple[str, ...] = ()
     missing_models: tuple[str, ...] = ()
@@ -77,8 +77,10 @@ def ask_here(question: Question, node: str, reported_gpus: float) -> NodeFacts:
     engine = next((names[name] for name in _ENGINES if names[name]), "")
     plugin = PLUGIN in {point.name for point in entry_points(group=PLUGIN_GROUP)}
     versions = {name: names[name] for name in _PACKAGES}
+    seen = not question.marker or Path(question.marker).is_file()
     if question.cache is None:
         return NodeFacts(
+            sees_marker=seen,
             node=node,
             python=platform.python_version(),
             versions=versions,
@@ -101,7 +103,7 @@ def ask_here(question: Question, node: str, reported_gpus: float) -> NodeFacts:
         shared_memory_gib=_free_gib(Path("/dev/shm")),
         cache_error=_write_error(str(cache)),
         cache_free_gib=_free_gib(cache),
-        sees_marker=not question.marker or (cache / question.marker).is_file(),
+        sees_marker=seen,
         storage_error=_write_error(storage) if storage else "",
         missing_paths=tuple(path for path in question.paths if not Path(path).exists()),
         missing_models=tuple(name for name in question.hub_models if not _in_hub_cache(name)),
@@ -144,10 +146,10 @@ def ask_nodes(question: Question, *, timeout_s: float) -> tuple[list[NodeFacts],
     return facts, silent
 
 
-def check_versions(
+def check_nodes(
     here: NodeFacts, others: Sequence[NodeFacts], silent: dict[str, str], *, needs_plugin: bool
 ) -> None:
-    """Raise unless every node runs the same versions as this process and can steer.
+    """Raise unless every node runs the same versions as this process, can steer, and shares files.
 
     Raises:
         StageError: names every node and what differs.
@@ -157,6 +159,8 @@ def check_versions(
         wrong += [f"{facts.node}: {line}" for line in differences(here, facts)]
         if needs_plugin and not (facts.plugin and facts.engine):
             wrong.append(f"{facts.node}: {NO_PLUGIN}")
+        if not facts.sees_marker:
+            wrong.append(f"{facts.node}: {NOT_SHARED}")
     if wrong:
         raise StageError(
             "the nodes of this cluster do not fit the job:\n  "
@@ -166,6 +170,10 @@ def check_versions(
         )
 
 
+NOT_SHARED = (
+    "it does not see the run folder: put output_dir (with a URL: cache_dir) on a volume that all "
+    "nodes mount at the same path"
+)
 NO_PLUGIN = (
     "vLLM is not installed, or the steering plugin is not registered with it: the package spo-vlm "
     "must be installed in the node's image, a working_dir is not enough"
@@ -184,12 +192,16 @@ def differences(here: NodeFacts, there: NodeFacts) -> list[str]:
     ]
 
 
-def marker_in(cache: Path) -> str:
-    """Write an empty file that the other nodes must see if the cache is shared; its name."""
-    name = f".seen-{uuid.uuid4().hex}"
-    cache.mkdir(parents=True, exist_ok=True)
-    (cache / name).touch()
-    return name
+@contextmanager
+def marker_in(folder: Path) -> Iterator[str]:
+    """An empty file that the other nodes see if the folder is shared; gone afterwards."""
+    marker = folder / f".probe-{uuid.uuid4().hex}"
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    try:
+        yield str(marker)
+    finally:
+        marker.unlink(missing_ok=True)
 
 
 def _minor(python: str) -> str:

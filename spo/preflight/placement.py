@@ -71,9 +71,9 @@ def phases_of(config: RunConfig, stages: Sequence[str]) -> dict[str, list[Role]]
         name="scorer",
         count=config.reward.replicas,
         cpus=0.5,
-        gpus=0,
+        gpus=config.reward.num_gpus,
         labels=config.reward.labels,
-        setting="reward.replicas",
+        setting="reward.replicas or reward.num_gpus",
     )
     gpus = learn.num_gpus if learn.use_gpu else 0.0
     learners = Role(
