@@ -41,6 +41,7 @@ TRAIN = (
     "rollout.harm_prompts=2",
     "rollout.benign_prompts=1",
     "rollout.group_size=2",
+    "rollout.max_staleness=0",
 )
 
 
@@ -82,15 +83,15 @@ class Site:
     def add_worker(self) -> Any:
         return patiently(lambda: self.cluster.add_node(num_cpus=3, labels={"role": "rollout"}))
 
-    def node_of(self, part: str) -> Any:
-        """The cluster's node that holds the living actor whose class or name contains `part`."""
+    def node_of(self, *parts: str) -> Any:
+        """The worker node that holds the living actor whose class and name contain all `parts`."""
         from ray._private.state import actors
 
         homes = {
             actor["Address"]["NodeID"]
             for actor in actors().values()
             if actor["State"] == "ALIVE"
-            and (part in actor["ActorClassName"] or part in actor["Name"])
+            and all(part in actor["ActorClassName"] + actor["Name"] for part in parts)
         }
         return next(n for n in self.cluster.worker_nodes if n.node_id in homes)
 
@@ -173,7 +174,7 @@ def test_training_survives_the_loss_of_a_node_and_of_a_driver(site: Site, tmp_pa
     assert "is working on s3://" in logs["twin"].read_text()
 
     wait_for(lambda: len(steps_done(bereft)) >= 2, log=logs["bereft"], job=jobs["bereft"])
-    site.cluster.remove_node(site.node_of("bereft"), allow_graceful=False)
+    site.cluster.remove_node(site.node_of("bereft", "-engine-"), allow_graceful=False)
     jobs["killed"].send_signal(signal.SIGKILL)
     jobs["killed"].wait(timeout=10)
     site.add_worker()
@@ -213,6 +214,7 @@ def test_extraction_survives_the_loss_of_a_node_and_of_a_driver(
         f"extract.sources=[{{kind: file, path: {pairs}, rows: 120}}]",
         "extract.calibration_rows=4",
         "extract.batch_size=4",
+        "extract.rows_per_block=8",
         "extract.workers=2",
         "extract.dtype=float32",
         "extract.labels={role: rollout}",
@@ -226,6 +228,9 @@ def test_extraction_survives_the_loss_of_a_node_and_of_a_driver(
             return False
 
     wait_for(working, log=tmp_path / "first.log", job=first)
+    config = site.config(*settings)
+    data = config.run_dir / "activations" / "activations"
+    wait_for(lambda: len(list(data.glob("*.parquet"))) >= 2, log=tmp_path / "first.log", job=first)
     first.send_signal(signal.SIGKILL)
     first.wait(timeout=10)
     second = site.job("extract", *settings, log=tmp_path / "second.log")
@@ -235,11 +240,10 @@ def test_extraction_survives_the_loss_of_a_node_and_of_a_driver(
     site.add_worker()
     finish(second, tmp_path / "second.log")
 
-    config = site.config(*settings)
-    system, path = storage.open_location(config.storage)
-    table = pq.read_table(f"{path}/activations/activations", filesystem=system)
-    seen = Counter(table["row_id"].to_pylist())
+    fresh = tmp_path / "fresh"
+    storage.Mirror(config.storage, fresh).pull()
+    manifest = json.loads((fresh / "activations" / "manifest.json").read_text())
+    files = [fresh / "activations" / "activations" / name for name in manifest["files"]]
+    seen = Counter(i for file in files for i in pq.read_table(file)["row_id"].to_pylist())
     assert set(seen.values()) == {1}
-    assert {row["id"] for row in rows} <= set(seen)
-    manifest = json.loads((config.run_dir / "activations" / "manifest.json").read_text())
-    assert manifest["rows"] == len(seen)
+    assert len(seen) == manifest["rows"] == 244
