@@ -25,8 +25,7 @@ from spo.report.text import plot_label
 _WIDTH_INCHES = 5.3
 _DPI = 180
 MARKERS = "osD^vPX*"
-UTILITY = ("caption", "question", "benign", "twin", "text")
-"""Conditions that measure what a defence costs."""
+UTILITY = ("caption", "question", "benign", "twin", "text")  # what a defence costs
 # Okabe and Ito's palette, which stays apart under all common colour blindness; dark variants are
 # lightened for contrast.
 _LIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#56B4E9")
@@ -70,12 +69,13 @@ class Plot:
 
 
 Draw = Callable[[RunRecord, Theme], Figure | None]
+PlotKind = tuple[str, str, Draw]
 
 
-def draw_plots(record: RunRecord, kinds: Mapping[str, tuple[str, str, Draw]]) -> dict[str, Plot]:
-    """Every plot of `kinds` that the run has figures for, by name."""
+def draw_plots(record: RunRecord, more: Mapping[str, PlotKind] | None = None) -> dict[str, Plot]:
+    """Every plot that the run has figures for, by name; `more` adds kinds of plots."""
     plots: dict[str, Plot] = {}
-    for name, (title, description, draw) in kinds.items():
+    for name, (title, description, draw) in {**PLOTS, **(more or {})}.items():
         images = [_png(record, theme, draw) for theme in (LIGHT, DARK)]
         if images[0] is not None and images[1] is not None:
             plots[name] = Plot(
@@ -360,7 +360,7 @@ def arms(intervals: Sequence[Interval]) -> NDArray[np.float64]:
     return np.clip(_finite(np.ravel(arms)).reshape(2, -1), 0.0, None)
 
 
-PLOTS: Mapping[str, tuple[str, str, Draw]] = {
+PLOTS: Mapping[str, PlotKind] = {
     "toxicity": (
         "Toxicity by defence",
         "Mean toxicity of the answers by condition and defence, as the judge scores them. Bars are "

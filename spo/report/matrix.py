@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,7 +15,7 @@ from spo.evaluation.report import CURVE
 from spo.records import EvaluationReport, Interval
 from spo.report.figures import (
     MARKERS,
-    Draw,
+    PlotKind,
     Theme,
     arms,
     figure_of,
@@ -113,7 +114,7 @@ def _strength(record: RunRecord, theme: Theme) -> Figure | None:
     defences = list(dict.fromkeys(curve.defence for curve in curves))
     attacks = list(dict.fromkeys(curve.attack for curve in curves))
     for curve in curves:
-        style = {
+        style: dict[str, Any] = {
             "color": theme.of_defence(curve.defence, defences),
             "marker": MARKERS[attacks.index(curve.attack) % 8],
             "ls": ("-", "--", ":", "-.")[attacks.index(curve.attack) % 4],
@@ -146,7 +147,7 @@ def _success_points(record: RunRecord) -> dict[tuple[str, str], dict[int, float]
     return {key: dict(sorted(found.items())) for key, found in points.items()}
 
 
-MATRIX_PLOTS: Mapping[str, tuple[str, str, Draw]] = {
+MATRIX_PLOTS: Mapping[str, PlotKind] = {
     "matrix": (
         "Attack by defence",
         "Each row is a condition, each column a defence; mean and 95 % bootstrap interval over "
