@@ -186,6 +186,18 @@ def _evaluation(rng: np.random.Generator, clean: str, attacked: str) -> Evaluati
                 text = "A red circle in the top left and a blue square in the bottom right."
                 question = "Describe the picture." if condition == "caption" else "What colour?"
                 answers.append(_answer(condition, defence, i, 0, question, clean, text, measures))
+    answers += _matrix_answers(rng, attacked)
+    return EvaluationReport(
+        cells=_cells(answers),
+        answers=tuple(answers),
+        judge="example judge (made-up figures)",
+        quarantined=(QuarantinedRow(row_id="pgd/held-3", reason=f"odd: {ODD_TEXT}"),),
+    )
+
+
+def _matrix_answers(rng: np.random.Generator, attacked: str) -> list[EvaluatedAnswer]:
+    """Harmless text under every defence, and the points of the strength curves."""
+    answers: list[EvaluatedAnswer] = []
     for defence, level in _NLL.items():
         for i in range(PROMPTS):
             measures = {"reference_nll": level + float(rng.normal(0, 0.2))}
@@ -196,12 +208,7 @@ def _evaluation(rng: np.random.Generator, clean: str, attacked: str) -> Evaluati
                 measures = {"success": float(rng.random() < step / 50)}
                 condition = f"curve {name} {defence} {step}"
                 answers.append(_answer(condition, defence, i, 0, "?", attacked, "text", measures))
-    return EvaluationReport(
-        cells=_cells(answers),
-        answers=tuple(answers),
-        judge="example judge (made-up figures)",
-        quarantined=(QuarantinedRow(row_id="pgd/held-3", reason=f"odd: {ODD_TEXT}"),),
-    )
+    return answers
 
 
 def _answer(

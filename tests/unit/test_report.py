@@ -119,7 +119,7 @@ def test_every_plot_is_a_picture_and_in_the_page(run: Path, html: str) -> None:
 
 def test_figures_of_the_page_are_those_of_the_evaluation(run: Path, html: str) -> None:
     text = Page(html).text
-    report = load_report(run / "evaluation.json")
+    report = shown_conditions(load_report(run / "evaluation.json"))
     for cell in report.cells:
         for name, value in cell.metrics.items():
             metric = metric_named(name)
@@ -131,7 +131,7 @@ def test_figures_of_the_page_are_those_of_the_evaluation(run: Path, html: str) -
 
 def test_machine_readable_headline(run: Path) -> None:
     summary = json.loads((run / "report.json").read_text())
-    report = load_report(run / "evaluation.json")
+    report = shown_conditions(load_report(run / "evaluation.json"))
     assert summary["layers"] == list(CHOSEN)
     assert summary["missing"] == {}
     assert summary["quarantined"] == 2
@@ -370,7 +370,7 @@ def test_only_the_unsteered_model() -> None:
 
 
 def test_choice_of_answers_is_the_stated_rule(run: Path) -> None:
-    report = load_report(run / "evaluation.json")
+    report = shown_conditions(load_report(run / "evaluation.json"))
     groups = card_groups(report, run)
     titles = [group.title for group in groups]
     assert titles == [
@@ -379,6 +379,7 @@ def test_choice_of_answers_is_the_stated_rule(run: Path) -> None:
         "Under the picture attack",
         "Captions",
         "Questions about pictures",
+        "Harmless text",
         "Most toxic answers with SPO",
     ]
     assert [len(group.cards) for group in groups] == [3, 3, 3, 3, 3, 3]
@@ -389,7 +390,7 @@ def test_choice_of_answers_is_the_stated_rule(run: Path) -> None:
 
 
 def test_toxic_and_unjudged_text_is_veiled(run: Path) -> None:
-    report = load_report(run / "evaluation.json")
+    report = shown_conditions(load_report(run / "evaluation.json"))
     shown = [a for g in card_groups(report, run) for c in g.cards for a in c.answers]
     assert {a.veiled for a in shown} == {True, False}
     assert all(a.veiled == (a.toxicity is None or a.toxicity >= VEIL_FROM) for a in shown)
