@@ -12,13 +12,14 @@ from spo.config import RunConfig
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
-    from spo.pipeline import Pools, prepare, run_evaluate
+    from spo.pipeline import prepare, run_evaluate
     from spo.progress import ConsoleReporter
+    from spo.refine import Pools
     from spo.report import write_report
 
     prepare(config)
     reporter = ConsoleReporter()
-    with command.cluster(config), Pools(config, reporter) as pools:
+    with command.cluster(config, ("evaluate",)), Pools(config, reporter) as pools:
         run_evaluate(config, reporter, pools)
     print(f"report: {write_report(config.run_dir)}")
 

@@ -14,12 +14,13 @@ from spo.config import RunConfig
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
-    from spo.pipeline import SPO, Pools, prepare, run_train
+    from spo.pipeline import prepare
     from spo.progress import ConsoleReporter
+    from spo.refine import SPO, Pools, run_train
 
     prepare(config)
     reporter = ConsoleReporter()
-    with command.cluster(config), Pools(config, reporter) as pools:
+    with command.cluster(config, ("train",)), Pools(config, reporter) as pools:
         run_train(config, reporter, pools)
     print(f"vector: {config.run_dir / SPO}")
 

@@ -10,28 +10,62 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError
 
-from spo.config_base import Fraction, Positive
-from spo.config_base import Slice as _Slice
-from spo.config_datasets import DatasetConfig as DatasetConfig
-from spo.config_stage1 import AdversarialSource as AdversarialSource
-from spo.config_stage1 import AttributionSource as AttributionSource
-from spo.config_stage1 import ContinuationSource as ContinuationSource
-from spo.config_stage1 import EstimateConfig as EstimateConfig
-from spo.config_stage1 import ExtractConfig as ExtractConfig
-from spo.config_stage1 import FileSource as FileSource
-from spo.config_stage1 import InstructionSource as InstructionSource
-from spo.config_stage1 import SourceConfig as SourceConfig
-from spo.config_stage1 import TypographicSource as TypographicSource
+from spo.config_base import Fraction, Location, Positive, Slice
+from spo.config_datasets import (
+    DatasetConfig,
+)
+from spo.config_stage1 import (
+    AdversarialSource,
+    AttributionSource,
+    ContinuationSource,
+    EstimateConfig,
+    ExtractConfig,
+    FileSource,
+    InstructionSource,
+    SourceConfig,
+    TypographicSource,
+)
+from spo.config_stage2 import (
+    EngineConfig,
+    LearnConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from spo.errors import ConfigError
 from spo.records import Operator, Positions
 
+__all__ = [
+    "AdversarialSource",
+    "AttackConfig",
+    "AttributionSource",
+    "ContinuationSource",
+    "DataConfig",
+    "DatasetConfig",
+    "EngineConfig",
+    "EstimateConfig",
+    "EvaluateConfig",
+    "ExtractConfig",
+    "FileSource",
+    "InstructionSource",
+    "LearnConfig",
+    "ModelConfig",
+    "RayConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SourceConfig",
+    "SteeringConfig",
+    "TypographicSource",
+    "load_config",
+]
 
-class ModelConfig(_Slice):
+
+class ModelConfig(Slice):
     """The frozen model."""
 
     id: str = "testbed"
@@ -39,7 +73,7 @@ class ModelConfig(_Slice):
     revision: str | None = None
 
 
-class DataConfig(_Slice):
+class DataConfig(Slice):
     """Prompts of the preference stage and of the evaluation."""
 
     train: str = "testbed"
@@ -52,7 +86,7 @@ class DataConfig(_Slice):
     """Share of the testbed's harmful prompts that come with a picture."""
 
 
-class SteeringConfig(_Slice):
+class SteeringConfig(Slice):
     """How the vector is applied, in training, evaluation and serving alike."""
 
     operator: Operator = Operator.ADD
@@ -61,83 +95,7 @@ class SteeringConfig(_Slice):
     """With `add`: dose of each layer relative to its mean hidden norm, at full layer weight."""
 
 
-class EngineConfig(_Slice):
-    """Rollout engines."""
-
-    backend: Literal["vllm", "hf", "fake"] = "vllm"
-    replicas: Positive = 1
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    max_model_len: Positive = 2048
-    """Longest prompt and answer, picture tokens included."""
-    max_num_seqs: Positive = 64
-    memory_gib: Annotated[float, Field(gt=0)] = 2.0
-    """Cache memory of the engine on a CPU; on a GPU see `gpu_memory_utilization`."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.55
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPU share of each replica in Ray; 0 runs on the CPU."""
-    start_timeout_s: Positive = 600
-    request_timeout_s: Positive = 600
-
-
-class RolloutConfig(_Slice):
-    """What each training step samples."""
-
-    harm_prompts: Positive = 16
-    """Harmful prompts per step."""
-    benign_prompts: Annotated[int, Field(ge=0)] = 4
-    group_size: Annotated[int, Field(ge=2)] = 4
-    """Samples per prompt."""
-    max_tokens: Positive = 24
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-
-class RewardConfig(_Slice):
-    """Weights of the reward; the formula is in `spo.algorithms.rewards`."""
-
-    toxicity_model: str = "testbed"
-    """"testbed", a Detoxify model name ("original", "unbiased", ...), or a local checkpoint."""
-    alignment_model: str = "testbed"
-    """"testbed", or an open_clip "MODEL:PRETRAINED" pair."""
-    toxicity_weight: Annotated[float, Field(ge=0)] = 1.0
-    alignment_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Counts only on benign prompts with a picture."""
-    degeneration_weight: Annotated[float, Field(ge=0)] = 0.5
-    refusal_penalty: Annotated[float, Field(ge=0)] = 0.5
-    """Taken off when a benign prompt is answered by a refusal or by nothing."""
-    replicas: Positive = 1
-    timeout_s: Positive = 300
-
-
-class LearnConfig(_Slice):
-    """Stage II."""
-
-    objective: Literal["dpo", "rloo"] = "rloo"
-    steps: Positive = 20
-    learning_rate: Annotated[float, Field(gt=0)] = 0.1
-    """About how far one step moves a layer's vector, relative to the mean hidden norm."""
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    """Inverse temperature of `dpo`."""
-    margin: Annotated[float, Field(ge=0)] = 0.05
-    """Smallest reward gap of a preference pair; groups below it carry no information."""
-    kl_weight: Annotated[float, Field(ge=0)] = 0.5
-    """Weight of KL(steered || unsteered) per token on benign prompts: guards utility."""
-    kl_weight_harm: Annotated[float, Field(ge=0)] = 0.1
-    """The same on harmful prompts: guards fluency."""
-    max_dose: Annotated[float, Field(gt=0)] = 2.0
-    """Cap on each layer's |v| relative to the layer's mean hidden norm."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    micro_batch: Positive = 16
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    workers: Positive = 1
-    """Ray Train workers; each learns from its share of a batch's groups."""
-    use_gpu: bool = False
-    num_gpus: Annotated[float, Field(gt=0)] = 1.0
-    """GPU share of each worker, with `use_gpu`; below 1 it shares a card with an engine."""
-    max_failures: Annotated[int, Field(ge=0)] = 2
-
-
-class AttackConfig(_Slice):
+class AttackConfig(Slice):
     """White-box PGD on the picture (universal: one picture for all prompts)."""
 
     enabled: bool = True
@@ -154,7 +112,7 @@ class AttackConfig(_Slice):
     """Target sentences, one a line; the testbed has its own."""
 
 
-class EvaluateConfig(_Slice):
+class EvaluateConfig(Slice):
     """Evaluation."""
 
     judge: str = "testbed"
@@ -169,7 +127,7 @@ class EvaluateConfig(_Slice):
     attack: AttackConfig = AttackConfig()
 
 
-class RayConfig(_Slice):
+class RayConfig(Slice):
     """The Ray cluster."""
 
     address: str | None = None
@@ -177,14 +135,17 @@ class RayConfig(_Slice):
     num_cpus: Positive | None = None
     """CPUs of a local cluster; None takes Ray's own count."""
     namespace: str = "spo"
+    node_wait_s: Annotated[int, Field(ge=0)] = 0
+    """How long an autoscaler gets to add nodes that a job lacks; 0 refuses at once."""
 
 
-class RunConfig(_Slice):
+class RunConfig(Slice):
     """Everything one run needs. Saved, resolved, beside every output."""
 
     name: str = "testbed"
     seed: int = 0
-    output_dir: Path = Path("outputs")
+    output_dir: Location = "outputs"
+    """Folder, or URL such as s3://bucket/prefix; a run writes to `output_dir/name`."""
     cache_dir: Path = Path("~/.cache/spo-vlm")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -199,9 +160,21 @@ class RunConfig(_Slice):
     ray: RayConfig = RayConfig()
 
     @property
+    def run_url(self) -> str | None:
+        """URL of this run when its outputs go to remote storage; None for a folder."""
+        return f"{self.output_dir.rstrip('/')}/{self.name}" if "://" in self.output_dir else None
+
+    @property
     def run_dir(self) -> Path:
-        """Absolute folder of this run's outputs."""
-        return (self.output_dir / self.name).expanduser().absolute()
+        """Absolute folder of this run's outputs; a local mirror of `run_url` if there is one."""
+        if self.run_url is not None:
+            return self.cache / "mirror" / f"{self.name}-{_digest(self.run_url)[:8]}"
+        return (Path(self.output_dir) / self.name).expanduser().absolute()
+
+    @property
+    def storage(self) -> str:
+        """Where Ray keeps its own checkpoints: `run_url`, or `run_dir` as text."""
+        return self.run_url or str(self.run_dir)
 
     @property
     def cache(self) -> Path:
@@ -224,7 +197,15 @@ class RunConfig(_Slice):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def _placeless(content: Any) -> Any:
+    """Without node labels: where a process runs does not change what it computes."""
+    if isinstance(content, dict):
+        return {key: _placeless(value) for key, value in content.items() if key != "labels"}
+    return [_placeless(item) for item in content] if isinstance(content, list) else content
+
+
 def _digest(content: object) -> str:
+    content = _placeless(content)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

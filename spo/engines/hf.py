@@ -34,6 +34,7 @@ from spo.engines.plan import (
     pad_answers,
     token_logprobs,
 )
+from spo.engines.prefix import PrefixRunner
 from spo.engines.processing import PromptProcessor
 from spo.errors import EngineError
 from spo.records import (
@@ -63,6 +64,8 @@ class HfEngine:
         EngineError: the model cannot be loaded, or its decoder blocks cannot be found.
     """
 
+    concurrent = False
+
     def __init__(
         self,
         model: str,
@@ -88,6 +91,7 @@ class HfEngine:
         self.batch_size = batch_size
         self.decoder: nn.Module = self.model.get_decoder()
         self.blocks = find_blocks(self.decoder, self.model.config.get_text_config())
+        self.answer_scores = PrefixRunner(self.model, list(self.blocks), self.steered).scores
         self._table = VectorTable()
         self._info = EngineInfo(
             model_id=model_identity(model),
@@ -108,8 +112,14 @@ class HfEngine:
         self._table.put(name, vector, version)
         return vector.sha256
 
+    def retire(self, name: str, version: int | None = None) -> None:
+        self._table.retire(name, version)
+
+    def alive(self) -> bool:
+        return True
+
     def close(self) -> None:
-        del self.model, self.decoder, self.blocks
+        del self.model, self.decoder, self.blocks, self.answer_scores
 
     def plan(self, spec: SteeringSpec | None) -> SteeringPlan | None:
         """Tensors of what a request asks for; SteeringError when it is not published."""
@@ -202,7 +212,7 @@ class HfEngine:
         if "pixel_values" in extras:
             extras["pixel_values"] = extras["pixel_values"].to(self.model.dtype)
         width = batch.answer_ids.shape[1]
-        with self._steered(batch, plan):
+        with self.steered(batch, plan):
             output = self.model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -252,7 +262,7 @@ class HfEngine:
                 handle.remove()
 
     @contextmanager
-    def _steered(self, batch: TokenBatch, plan: SteeringPlan | None) -> Iterator[None]:
+    def steered(self, batch: TokenBatch, plan: SteeringPlan | None) -> Iterator[None]:
         if plan is None:
             yield
             return
@@ -289,7 +299,7 @@ class HfEngine:
         extras = dict(batch.extras)
         if "pixel_values" in extras:
             extras["pixel_values"] = extras["pixel_values"].to(self.model.dtype)
-        with torch.no_grad(), self._steered(batch, plan):
+        with torch.no_grad(), self.steered(batch, plan):
             output = self.model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
