@@ -15,15 +15,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from spo.config_stage2 import (
-    EngineConfig,
-    Fraction,
-    LearnConfig,
-    Positive,
-    RewardConfig,
-    RolloutConfig,
-    Slice,
-)
+from spo.config_base import Fraction, Positive, Slice
+from spo.config_stage2 import EngineConfig as EngineConfig
+from spo.config_stage2 import LearnConfig as LearnConfig
+from spo.config_stage2 import RewardConfig as RewardConfig
+from spo.config_stage2 import RolloutConfig as RolloutConfig
 from spo.errors import ConfigError
 from spo.records import Operator, Positions
 

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Slice(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from spo.config_base import Fraction, Positive, Slice
 
 
 class EngineConfig(Slice):

@@ -21,7 +21,11 @@ from spo.evaluation import PromptSet, evaluate, format_table, save_report
 from spo.progress import Reporter
 from spo.provenance import keep_quarantined, save_environment
 from spo.records import SteeringSpec
-from spo.refine import SPO, STAGE1, Pools, load_artifact, make_artifact, run_train
+from spo.refine import SPO as SPO
+from spo.refine import STAGE1 as STAGE1
+from spo.refine import Pools as Pools
+from spo.refine import load_artifact, make_artifact
+from spo.refine import run_train as run_train
 from spo.report import write_report
 from spo.resources import (
     EvaluationInputs,

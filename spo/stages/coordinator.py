@@ -15,7 +15,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from spo.algorithms.rewards import reward_of
@@ -168,7 +168,7 @@ class Coordinator:
         """
         step = int(figures["step"])
         made = {
-            "seconds": {**self._seconds.pop(step, {}), "engine_idle": self._clock.take()},
+            "seconds": {**self._seconds.pop(step, {}), "engine_idle": self.idle_seconds()},
             "ledger": self.ledger.counts(step),
             "retries": getattr(self._rollouts, "retries", 0),
         }
@@ -178,6 +178,10 @@ class Coordinator:
             del self._batches[old]
             self._handed.pop(old, None)
         return self.snapshot(step + 1)
+
+    def idle_seconds(self) -> float:
+        """Seconds since the last call in which nothing was being sampled."""
+        return self._clock.take()
 
     def snapshot(self, next_step: int) -> dict[str, Any]:
         """State at the start of a step; ids and seeds follow from it and the configuration."""
@@ -202,6 +206,7 @@ class Coordinator:
 
     async def _publish(self, step: int, vector: SteeringVector) -> None:
         if self._policy is not None and self._policy.sha256 == vector.sha256:
+            self._policy = replace(self._policy, step=step)
             return
         # A replayed update may differ in its last bits: it is a new version, never the old number.
         version = max(step, self._next_version)
