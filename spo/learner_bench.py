@@ -89,7 +89,7 @@ def run(preset: str, output: Path, *, time_limit: float, loop: bool = True) -> s
         try:
             limit = (end - time.monotonic()) / (2 - staleness)
             figures = _measure_loop(engine, folder, prompts, settings, staleness, limit)
-        except (RuntimeError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 what was measured before must not be lost
             keep(f"loop, S = {staleness}", f"FAILED: {error}")
         else:
             keep(f"loop, S = {staleness}", figures)
