@@ -21,11 +21,12 @@ from spo.artifact import SteeringArtifact
 from spo.config import RunConfig
 from spo.engines.plan import DifferentiableEngine
 from spo.evaluation import evaluate
-from spo.pipeline import prepare, run_estimate, run_extract
+from spo.pipeline import prepare
 from spo.progress import Reporter
 from spo.records import Batch, SteeringSpec
-from spo.refine import STAGE1, Pools, load_artifact, make_coordinator, train
+from spo.refine import Pools, load_artifact, make_coordinator, train
 from spo.resources import evaluation_inputs, open_judge, training_prompts
+from spo.stage1 import STAGE1, run_estimate, run_extract
 from spo.stages.learner import Update, VectorLearner
 from spo.vector import SteeringVector
 

@@ -10,36 +10,24 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from spo.algorithms.estimators import estimate
-from spo.artifact import SteeringArtifact, write_atomic
+from spo.artifact import write_atomic
 from spo.config import RunConfig
-from spo.engines.identity import folder_revision
 from spo.errors import DataError
 from spo.evaluation import PromptSet, evaluate, format_table, save_report
 from spo.progress import Reporter
-from spo.provenance import keep_quarantined, save_environment
+from spo.provenance import save_environment
 from spo.records import SteeringSpec
-from spo.refine import SPO as SPO
-from spo.refine import STAGE1 as STAGE1
-from spo.refine import Pools as Pools
-from spo.refine import load_artifact, make_artifact
-from spo.refine import run_train as run_train
+from spo.refine import SPO, Pools, load_artifact, run_train
 from spo.report import write_report
 from spo.resources import (
     EvaluationInputs,
     alignment_arguments,
-    contrast_rows,
     evaluation_inputs,
     open_judge,
-    resolve_model,
-    source_weights,
     training_prompts,
 )
+from spo.stage1 import STAGE1, run_estimate, run_extract
 from spo.stages.attack import AttackJob, run_attack
-from spo.stages.extract import digest_of_rows, extract, load_activations
-from spo.vector import SteeringVector
 
 HEADLINE_METRICS = ("toxicity", "nll", "attributes", "correct")
 
@@ -77,70 +65,6 @@ def prepare(config: RunConfig) -> None:
             f"cannot write to {config.run_dir}: {error.strerror}; set output_dir to a folder that "
             "can be written"
         ) from error
-
-
-def run_extract(config: RunConfig, reporter: Reporter) -> Path:
-    """Stage I, first half: pooled activations of all contrasts."""
-    model = resolve_model(config.model, config.cache)
-    rows, bad = contrast_rows(config)
-    reporter.stage(f"Extract activations of {len(rows)} rows")
-    content = digest_of_rows(rows) + folder_revision(model.path)
-    folder = extract(
-        rows,
-        config.run_dir / "activations",
-        model=model.path,
-        revision=model.revision,
-        config=config.extract,
-        digest=config.digest_of("seed", "model", "extract", also=model.path + content),
-    )
-    keep_quarantined(config, "extract", bad)
-    return folder
-
-
-def run_estimate(config: RunConfig, reporter: Reporter) -> SteeringArtifact:
-    """Stage I, second half: the vector, its layers and their weights."""
-    reporter.stage("Estimate the Stage I vector")
-    found = load_activations(config.run_dir / "activations", source_weights(config))
-    result = estimate(found.contrasts, found.layers, found.num_layers, config.estimate)
-    rows = list(result.chosen)
-    norms = torch.from_numpy(found.mean_norms[rows])
-    scale = torch.from_numpy(result.weights[rows]) * norms
-    vector = SteeringVector(
-        layers=tuple(found.layers[row] for row in rows),
-        directions=torch.from_numpy(result.units[rows]) * scale.unsqueeze(1),
-        mean_norms=norms,
-        calibration=torch.from_numpy(found.calibration[rows]),
-        model_id=found.model_id,
-        model_revision=found.model_revision,
-    )
-    curves = {
-        name: {
-            "auc": [interval.mean for interval in intervals],
-            "low": [interval.low for interval in intervals],
-            "high": [interval.high for interval in intervals],
-        }
-        for name, intervals in result.auc.items()
-    }
-    separability = {
-        "layers": list(found.layers),
-        "sources": curves,
-        "source_weights": {name: list(values) for name, values in result.source_weights.items()},
-        "combined": {"auc": list(result.mean_auc)},
-        "chosen": list(vector.layers),
-        "weights": result.weights[rows].tolist(),
-        "mean_norms": found.mean_norms.tolist(),
-        "cosines": {pair: list(values) for pair, values in result.cosines.items()},
-    }
-    write_atomic(config.run_dir / "separability.json", json.dumps(separability).encode())
-    keep_quarantined(config, "activations", found.quarantined)
-    artifact = make_artifact(config, vector, config.estimate.method, found.data_sha256, parent="")
-    artifact.save(config.run_dir / STAGE1)
-    weights = ", ".join(
-        f"{layer} ({weight:.2f})"
-        for layer, weight in zip(vector.layers, separability["weights"], strict=True)
-    )
-    reporter.note(f"layers (weight): {weights}; sources: {', '.join(curves)}")
-    return artifact
 
 
 def run_evaluate(config: RunConfig, reporter: Reporter, pools: Pools) -> None:

@@ -30,6 +30,7 @@ from spo.resources import (
     toxicity_arguments,
     training_prompts,
 )
+from spo.stage1 import STAGE1, build_artifact
 from spo.stages.coordinator import Coordinator, Scorer, Settings
 from spo.stages.learn import TrainLoopSettings, fit
 from spo.stages.learner import Update
@@ -41,7 +42,7 @@ from spo.stages.schedule import Schedule
 from spo.stages.score import RewardPool
 from spo.vector import SteeringVector
 
-STAGE1, SPO = "stage1", "spo"
+SPO = "spo"
 
 
 class Learner(Protocol):
@@ -174,7 +175,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     ray.kill(coordinator)
     pools.rollouts.retire(f"{SPO}-{digest}")
     method = f"{config.learn.objective} from {config.estimate.method}"
-    artifact = make_artifact(config, vector, method, start.data_sha256, parent=start.vector.sha256)
+    artifact = build_artifact(config, vector, method, start.data_sha256, parent=start.vector.sha256)
     artifact.save(config.run_dir / SPO)
     return artifact
 
@@ -230,20 +231,4 @@ def _connected_coordinator(
         EnginePool.connect(prefix, config.engine),
         RewardPool.connect(prefix, config.reward),
         history,
-    )
-
-
-def make_artifact(
-    config: RunConfig, vector: SteeringVector, method: str, data_sha256: str, *, parent: str
-) -> SteeringArtifact:
-    """An artifact of this run."""
-    return SteeringArtifact(
-        vector=vector,
-        operator=config.steering.operator,
-        coefficient=config.steering.coefficient,
-        positions=config.steering.positions,
-        method=method,
-        data_sha256=data_sha256,
-        config_digest=config.digest,
-        parent=parent,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spo.algorithms.positions import Span, select_positions
 from spo.engines.base import CaptureRequest, EngineInfo
-from spo.errors import EngineError
+from spo.errors import DataError
 from spo.records import Operator, Positions, Prompt, SteeringSpec
 from spo.vector import SteeringVector
 
@@ -125,7 +125,7 @@ def pooled_columns(batch: TokenBatch, row: int, request: CaptureRequest) -> list
     chosen[0] = False  # the attention sink would drown every other token
     columns = (index[chosen] + pad).tolist()
     if not columns:
-        raise EngineError(
+        raise DataError(
             f"capture {request.request_id!r}: no token is left to pool over "
             f"({request.positions.value} of {len(index)} tokens, first one left out)"
         )

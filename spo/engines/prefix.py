@@ -49,7 +49,7 @@ class PrefixRunner:
         steered: how the blocks are steered.
     """
 
-    def __init__(self, model: Any, blocks: nn.ModuleList, steered: Steered) -> None:
+    def __init__(self, model: Any, blocks: Sequence[nn.Module], steered: Steered) -> None:
         self._model = model
         self._decoder = model.get_decoder()
         self._blocks = blocks

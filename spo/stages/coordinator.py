@@ -30,6 +30,7 @@ from spo.records import (
     ScoredRollout,
     SteeringSpec,
 )
+from spo.stages.deadline import within
 from spo.stages.ledger import Fate, Ledger
 from spo.stages.observe import IdleClock, Recorder
 from spo.stages.schedule import Schedule, Slot
@@ -301,18 +302,11 @@ class Coordinator:
             for i in range(count)
         ]
         strict = self._config.max_staleness == 0
-        deadline = None if strict else self._config.group_deadline_s
-        done, waiting = await asyncio.wait(
-            calls, timeout=deadline, return_when=asyncio.FIRST_EXCEPTION
+        found = await within(
+            calls,
+            deadline_s=None if strict else self._config.group_deadline_s,
+            enough=self._config.min_group,
         )
-        while waiting and not any(call.exception() for call in done):
-            if sum(len(call.result()) for call in done) >= self._config.min_group:
-                break
-            more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            done |= more
-        for call in waiting:
-            call.add_done_callback(lambda late: late.cancelled() or late.exception())
-        found = [rollout for call in done for rollout in call.result()]
         order = {request.request_id: i for i, request in enumerate(requests)}
         return sorted(found, key=lambda rollout: order[rollout.request_id])
 

@@ -42,7 +42,10 @@ class Straggler(FakeEngine):
         self.over = threading.Event()
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Rollout]:
-        if requests[0].request_id.startswith(("0/0/", "0/3/")) and requests[0].request_id[-1] == "1":
+        if (
+            requests[0].request_id.startswith(("0/0/", "0/3/"))
+            and requests[0].request_id[-1] == "1"
+        ):
             self.over.wait(30)
         return super().generate(requests)
 
