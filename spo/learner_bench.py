@@ -232,7 +232,9 @@ def _loop(
     async def record(step: int) -> None:
         coordinator.record({"step": step, "learn_s": 0.0})
 
-    idle, learned, times = [], [], []
+    idle: list[float] = []
+    learned: list[float] = []
+    times: list[float] = []
     for step in range(steps):
         begin = time.perf_counter()
         batch: Batch = call(coordinator.batch(step, learner.vector))
@@ -244,6 +246,16 @@ def _loop(
         if time.monotonic() > end:
             break
     loop.call_soon_threadsafe(loop.stop)
+    return _loop_figures(engine, settings, times, learned, idle)
+
+
+def _loop_figures(
+    engine: HfEngine,
+    settings: dict[str, Any],
+    times: list[float],
+    learned: list[float],
+    idle: list[float],
+) -> dict[str, float]:
     # The first two steps fill the pipeline and compile; the last has nothing to work ahead for.
     kept = slice(2, len(times) - 1) if len(times) > 4 else slice(1, None)
     wall = sum(times[kept])

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import ray
 
+from spo import placement
 from spo.algorithms.objectives import is_informative
 from spo.artifact import SteeringArtifact, write_atomic
 from spo.config import RunConfig
@@ -91,6 +92,10 @@ class Pools:
 
     def __enter__(self) -> Pools:
         config = self._config
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self._reporter.note(
+            f"plan:\n{placement.check(placement.plan(config), ray.cluster_resources(), nodes)}"
+        )
         self._reporter.stage(
             f"Start {config.engine.replicas} {config.engine.backend} engine(s) and reward models"
         )

@@ -33,7 +33,7 @@ from spo.records import (
 from spo.stages.deadline import within
 from spo.stages.ledger import Fate, Ledger
 from spo.stages.observe import IdleClock, Recorder
-from spo.stages.schedule import Schedule, Slot
+from spo.stages.schedule import Schedule, Slot, receipt_sha
 from spo.vector import SteeringVector
 
 VECTOR_NAME = "spo"
@@ -168,20 +168,19 @@ class Coordinator:
             The state that a checkpoint must carry for `restore`.
         """
         step = int(figures["step"])
-        made = {
+        added = {
             "seconds": {**self._seconds.pop(step, {}), "engine_idle": self.idle_seconds()},
             "ledger": self.ledger.counts(step),
             "retries": getattr(self._rollouts, "retries", 0),
         }
         self.ledger.commit(step)
-        self.recorder.record(figures, made)
-        for old in [known for known in self._batches if known < step]:
-            del self._batches[old]
-            self._handed.pop(old, None)
+        self.recorder.record(figures, added)
+        self._batches = {known: made for known, made in self._batches.items() if known >= step}
+        self._handed.pop(step - 1, None)
         return self.snapshot(step + 1)
 
     def idle_seconds(self) -> float:
-        """Seconds since the last call in which nothing was being sampled."""
+        """Seconds since the last call in which nothing was sampled."""
         return self._clock.take()
 
     def snapshot(self, next_step: int) -> dict[str, Any]:
@@ -335,8 +334,7 @@ class Coordinator:
         ids = [item.rollout.request_id for item in kept]
         if len(kept) < 2:
             self.ledger.enter(slot.step, ids, Fate.FILTERED)
-            if ids:
-                dropped["alone in its group"] += 1
+            dropped.update({"alone in its group": 1} if ids else {})
             return None, not failed
         rewards = [item.reward.total for item in kept if item.reward.total is not None]
         if slot.prompt.kind is PromptKind.HARM and not self._informative(rewards):
@@ -374,7 +372,7 @@ class Coordinator:
         items = [item.rollout for group in groups for item in group.items[:1]][:count]
         if not items or policy is None or policy.step != step:
             return {}
-        fresh = {r.request_id: r.logprob for r in items if _sha(r) == policy.sha256}
+        fresh = {r.request_id: r.logprob for r in items if receipt_sha(r) == policy.sha256}
         if len(fresh) == len(items):
             return fresh
         requests = [
@@ -391,7 +389,7 @@ class Coordinator:
 
     def _check_receipts(self, rollouts: Sequence[Rollout], policy: _Policy) -> None:
         for item in rollouts:
-            if _sha(item) != policy.sha256:
+            if receipt_sha(item) != policy.sha256:
                 raise StageError(
                     f"rollout {item.request_id!r} has no receipt for vector {policy.sha256[:12]}: "
                     "the engine did not steer it. Nothing was learned from it"
@@ -400,7 +398,3 @@ class Coordinator:
     async def _in_thread(self, call: Callable[..., _Result], *arguments: Any) -> _Result:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, call, *arguments)
-
-
-def _sha(rollout: Rollout) -> str:
-    return rollout.receipt.sha256 if rollout.receipt else ""
