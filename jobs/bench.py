@@ -3,6 +3,9 @@
 engine: plain vLLM against the steered engine (idle, all layers steered, adaptive, many vectors in
 one batch, stacked vectors, publish latency), random weights, one picture each. Writes results.json
 and table.md, and prints the table.
+
+extract: activation extraction as a share of the matrix-product rate of the same run, against one
+image at a time, and one worker against several.
 """
 
 from __future__ import annotations
@@ -39,6 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
     objectives.add_argument("--config", type=Path, metavar="FILE")
     objectives.add_argument("--seeds", type=int, default=3)
     objectives.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    extraction = kinds.add_parser("extract", help="throughput of activation extraction")
+    extraction.add_argument("--preset", default="tiny", choices=("tiny", "h200"))
+    extraction.add_argument("--output", type=Path, default=Path("runs/bench-extract"))
+    extraction.add_argument("--time-limit", type=float, default=420.0, metavar="SECONDS")
+    extraction.add_argument(
+        "--gpus", type=int, default=1, help="compare 1 .. this many cards (tiny: CPU workers)"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.kind == "learner":
         from spo.learner_bench import run as run_learner
@@ -48,6 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if chosen.kind == "objectives":
         _objectives(chosen)
+        return
+    if chosen.kind == "extract":
+        _extract(chosen)
         return
 
     from spo.engines.vllm_plugin.bench import run
@@ -77,6 +90,14 @@ def _objectives(chosen: argparse.Namespace) -> None:
     with command.cluster(config):
         path = compare(config, ConsoleReporter(), seeds=chosen.seeds)
     print(path.read_text())
+
+
+def _extract(chosen: argparse.Namespace) -> None:
+    from spo.stages.bench_extract import run
+
+    result = run(chosen.preset, chosen.output, time_limit=chosen.time_limit, gpus=chosen.gpus)
+    print(result.table())
+    print(f"written: {chosen.output / 'results.json'}")
 
 
 if __name__ == "__main__":

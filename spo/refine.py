@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import ray
 
-from spo import placement
 from spo.algorithms.objectives import is_informative
 from spo.artifact import SteeringArtifact, write_atomic
 from spo.config import RunConfig
@@ -92,10 +91,6 @@ class Pools:
 
     def __enter__(self) -> Pools:
         config = self._config
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self._reporter.note(
-            f"plan:\n{placement.check(placement.plan(config), ray.cluster_resources(), nodes)}"
-        )
         self._reporter.stage(
             f"Start {config.engine.replicas} {config.engine.backend} engine(s) and reward models"
         )
@@ -174,7 +169,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
             reporter.note(f"alarm at step {figures['step']}: {alarm}")
 
     with following(history, show):
-        vector = fit(settings, train, name=f"train-{digest}", storage=config.run_dir)
+        vector = fit(settings, train, name=f"train-{digest}", storage=config.storage)
     write_atomic(config.run_dir / "history.jsonl", history.read_bytes())
     keep_quarantined(config, "rollouts", ray.get(coordinator.quarantined.remote()))
     ray.kill(coordinator)

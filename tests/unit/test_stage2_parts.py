@@ -1,4 +1,4 @@
-"""Small parts of Stage II: placement, scorers' micro-batches, alarms, what the learner refuses."""
+"""Small parts of Stage II: scorers' micro-batches, alarms, what the learner refuses."""
 
 from __future__ import annotations
 
@@ -13,37 +13,15 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from spo import placement
-from spo.config import LearnConfig, RewardConfig, load_config
+from spo.config import LearnConfig, RewardConfig
 from spo.engines.fake import FakeEngine
-from spo.errors import ConfigError, StageError
+from spo.errors import ConfigError
 from spo.records import Batch
 from spo.scorers.crosscheck import ProfanityCheck
 from spo.stages.learner import VectorLearner
 from spo.stages.observe import Recorder, open_sinks
 from spo.stages.score import MicroBatcher
 from tests.unit.test_preference_loop import STEERING, coordinator, start_vector
-
-
-def config(*overrides: str) -> Any:
-    return load_config(None, overrides)
-
-
-def test_a_plan_that_fits_is_shown_and_one_that_does_not_is_refused() -> None:
-    roles = placement.plan(
-        config("engine.num_gpus=0.5", "learn.use_gpu=true", "learn.num_gpus=0.4")
-    )
-    card = {"CPU": 4.0, "GPU": 1.0}
-    assert "engine   1 x (1 CPU, 0.5 GPU" in placement.check(roles, card, [card])
-    with pytest.raises(StageError, match=r"0.9 GPU are asked for and the cluster has 0"):
-        placement.check(roles, {"CPU": 4.0}, [{"CPU": 4.0}])
-    three = placement.plan(config("engine.num_gpus=0.6", "engine.replicas=3"))
-    pair = {"CPU": 8.0, "GPU": 2.0}
-    with pytest.raises(StageError, match="do not pack into the cards"):
-        placement.check(three, pair, [pair])
-    whole = placement.plan(config("engine.num_gpus=2"))
-    with pytest.raises(StageError, match="no node has the 1 CPU and 2 GPU of one engine"):
-        placement.check(whole, {"CPU": 8.0, "GPU": 2.0}, [card, card])
 
 
 def test_calls_of_several_threads_are_joined_and_answered_apart() -> None:
