@@ -33,6 +33,15 @@ def main(arguments: list[str] | None = None) -> None:
     engine.add_argument("--output", type=Path, default=Path("runs/bench-engine"))
     engine.add_argument("--time-limit", type=float, default=480.0, metavar="SECONDS")
     engine.add_argument("--repeats", type=int, default=1)
+    learner = kinds.add_parser("learner", help="the learner's step, and one device for all")
+    learner.add_argument("--preset", default="tiny", choices=("tiny", "h200"))
+    learner.add_argument("--output", type=Path, default=Path("runs/bench-learner"))
+    learner.add_argument("--time-limit", type=float, default=300.0, metavar="SECONDS")
+    learner.add_argument("--no-loop", action="store_true", help="only the step")
+    objectives = kinds.add_parser("objectives", help="all objectives of Stage II side by side")
+    objectives.add_argument("--config", type=Path, metavar="FILE")
+    objectives.add_argument("--seeds", type=int, default=3)
+    objectives.add_argument("overrides", nargs="*", metavar="key.sub=value")
     extraction = kinds.add_parser("extract", help="throughput of activation extraction")
     extraction.add_argument("--preset", default="tiny", choices=("tiny", "h200"))
     extraction.add_argument("--output", type=Path, default=Path("runs/bench-extract"))
@@ -41,6 +50,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--gpus", type=int, default=1, help="compare 1 .. this many cards (tiny: CPU workers)"
     )
     chosen = parser.parse_args(arguments)
+    if chosen.kind == "learner":
+        from spo.learner_bench import run as run_learner
+
+        limit, loop = chosen.time_limit, not chosen.no_loop
+        print(run_learner(chosen.preset, chosen.output, time_limit=limit, loop=loop))
+        return
+    if chosen.kind == "objectives":
+        _objectives(chosen)
+        return
     if chosen.kind == "extract":
         _extract(chosen)
         return
@@ -60,6 +78,18 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     print(result.table())
     print(f"written: {chosen.output / 'results.json'}")
+
+
+def _objectives(chosen: argparse.Namespace) -> None:
+    from jobs import command
+    from spo.config import load_config
+    from spo.objective_table import compare
+    from spo.progress import ConsoleReporter
+
+    config = load_config(chosen.config, chosen.overrides)
+    with command.cluster(config):
+        path = compare(config, ConsoleReporter(), seeds=chosen.seeds)
+    print(path.read_text())
 
 
 def _extract(chosen: argparse.Namespace) -> None:
