@@ -3,6 +3,9 @@
 engine: plain vLLM against the steered engine (idle, all layers steered, adaptive, many vectors in
 one batch, stacked vectors, publish latency), random weights, one picture each. Writes results.json
 and table.md, and prints the table.
+
+extract: activation extraction as a share of the matrix-product rate of the same run, against one
+image at a time, and one worker against several.
 """
 
 from __future__ import annotations
@@ -30,7 +33,17 @@ def main(arguments: list[str] | None = None) -> None:
     engine.add_argument("--output", type=Path, default=Path("runs/bench-engine"))
     engine.add_argument("--time-limit", type=float, default=480.0, metavar="SECONDS")
     engine.add_argument("--repeats", type=int, default=1)
+    extraction = kinds.add_parser("extract", help="throughput of activation extraction")
+    extraction.add_argument("--preset", default="tiny", choices=("tiny", "h200"))
+    extraction.add_argument("--output", type=Path, default=Path("runs/bench-extract"))
+    extraction.add_argument("--time-limit", type=float, default=420.0, metavar="SECONDS")
+    extraction.add_argument(
+        "--gpus", type=int, default=1, help="compare 1 .. this many cards (tiny: CPU workers)"
+    )
     chosen = parser.parse_args(arguments)
+    if chosen.kind == "extract":
+        _extract(chosen)
+        return
 
     from spo.engines.vllm_plugin.bench import run
 
@@ -45,6 +58,14 @@ def main(arguments: list[str] | None = None) -> None:
     except SpoError as error:
         print(f"error: {error}; engine logs are in {chosen.output}", file=sys.stderr)
         sys.exit(1)
+    print(result.table())
+    print(f"written: {chosen.output / 'results.json'}")
+
+
+def _extract(chosen: argparse.Namespace) -> None:
+    from spo.stages.bench_extract import run
+
+    result = run(chosen.preset, chosen.output, time_limit=chosen.time_limit, gpus=chosen.gpus)
     print(result.table())
     print(f"written: {chosen.output / 'results.json'}")
 
