@@ -31,12 +31,19 @@ def main(
 ) -> None:
     """Parse, validate, then `call`; errors meant for people come without a traceback."""
     arguments = made.parse_intermixed_args()
-    try:
+    with errors_for_people():
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             print(config.to_yaml(), end="")
             return
         call(arguments, config)
+
+
+@contextmanager
+def errors_for_people() -> Iterator[None]:
+    """Errors that say what to do end the program without a traceback (SPO_TRACEBACK=1 shows it)."""
+    try:
+        yield
     except SpoError as error:
         if os.environ.get("SPO_TRACEBACK"):
             raise
@@ -78,3 +85,11 @@ def cluster(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def ray_dashboard() -> str | None:
+    """Address of the connected cluster's own dashboard; None where it has none."""
+    import ray
+
+    url: str | None = ray.init(ignore_reinit_error=True, logging_level="error").dashboard_url
+    return url or None

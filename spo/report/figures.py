@@ -83,6 +83,11 @@ def draw_plots(record: RunRecord) -> dict[str, Plot]:
 
 
 def _png(record: RunRecord, theme: Theme, draw: _Draw) -> bytes | None:
+    return painted(theme, lambda chosen: draw(record, chosen))
+
+
+def painted(theme: Theme, draw: Callable[[Theme], Figure | None]) -> bytes | None:
+    """PNG of a figure that is drawn and saved in a theme's colours; None where there is none."""
     settings = {
         "text.parse_math": False,  # a "$" in a user's own name is no formula
         "font.size": 9.5,
@@ -98,7 +103,7 @@ def _png(record: RunRecord, theme: Theme, draw: _Draw) -> bytes | None:
     }
     with mpl.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # odd scripts show as boxes
-        figure = draw(record, theme)
+        figure = draw(theme)
         if figure is None:
             return None
         buffer = io.BytesIO()

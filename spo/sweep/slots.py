@@ -1,0 +1,366 @@
+"""Slots of the shared engines, leased to trials for a limited time.
+
+A trial that is stopped early or killed runs no `finally`, so nothing here waits for one: a lease
+that is not renewed ends, and the office retires the vectors that nobody holds. Trials that steer
+with the same vector share its slot, so trials that differ only in coefficient, operator or
+positions need one slot together. The office also hands out turns, so that a trial with many
+requests does not make a small one wait for all of them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from spo.engines.base import EngineInfo, LogprobRequest, Sampler
+from spo.errors import SpoError, StageError
+from spo.records import GenerateRequest, Rollout
+from spo.vector import SteeringVector
+
+_LEAST_SHARE = 4
+_Request = TypeVar("_Request", GenerateRequest, LogprobRequest)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Held:
+    """A vector in the engines."""
+
+    slots: int
+    holders: set[str] = field(default_factory=set)
+    used: float = 0.0
+    doomed: bool = False
+    """To be dropped as soon as no request reads it."""
+
+
+class SlotOffice:
+    """Who holds which slots. Thread-safe; it keeps no vector, only names.
+
+    Args:
+        capacity: slots that trials may hold together.
+        lease_s: time without a sign of life after which a trial's leases end.
+        retire: drops a vector from all engines; an error means that it is still in use, and it is
+            tried again.
+        batch: requests that the engines work on at once, over all of them.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity: int,
+        lease_s: float,
+        retire: Callable[[str], object],
+        batch: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._capacity = capacity
+        self._lease_s = lease_s
+        self._retire = retire
+        self._batch = batch
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._vectors: dict[str, _Held] = {}
+        self._seen: dict[str, float] = {}
+        self._working: set[str] = set()
+        self.expired = 0
+
+    def acquire(self, trial: str, name: str, slots: int) -> bool:
+        """Lease the slots of a vector; False while there is no room.
+
+        Raises:
+            StageError: it would not fit even into empty engines.
+        """
+        if slots > self._capacity:
+            raise StageError(
+                f"trial {trial} needs {slots} slots, the engines have {self._capacity} for trials; "
+                "raise engine.slots"
+            )
+        with self._lock:
+            self.reap()
+            held = self._vectors.get(name)
+            if held is None:
+                if not self._make_room(slots):
+                    return False
+                held = self._vectors[name] = _Held(slots=slots)
+            held.holders.add(trial)
+            held.doomed = False
+            held.used = self._seen[trial] = self._clock()
+            return True
+
+    def renew(self, trial: str) -> bool:
+        """A sign of life; False when the trial's leases have ended."""
+        with self._lock:
+            if trial not in self._seen:
+                return False
+            self._seen[trial] = self._clock()
+            return True
+
+    def release(self, trial: str, *, keep: bool = True) -> None:
+        """End of a trial. Its vectors stay while there is room, for others that use the same.
+
+        Args:
+            trial: the trial.
+            keep: False drops vectors that only it held, for versions that nobody asks for again.
+        """
+        with self._lock:
+            self._seen.pop(trial, None)
+            self._working.discard(trial)
+            for name, held in list(self._vectors.items()):
+                if trial in held.holders:
+                    held.holders.discard(trial)
+                    if not held.holders and not keep:
+                        self._drop(name)
+
+    def reap(self) -> None:
+        """End the leases of trials that gave no sign of life."""
+        with self._lock:
+            limit = self._clock() - self._lease_s
+            for trial in [trial for trial, seen in self._seen.items() if seen < limit]:
+                self.expired += 1
+                self.release(trial, keep=False)
+            for name in [name for name, held in self._vectors.items() if held.doomed]:
+                self._drop(name)
+
+    def close(self) -> None:
+        """Retire everything that is not in use."""
+        with self._lock:
+            for name in list(self._vectors):
+                self._vectors[name].holders.clear()
+                self._drop(name)
+
+    def share(self, trial: str) -> int:
+        """The trial begins to generate: how many requests it may have in the engines at once."""
+        with self._lock:
+            self._working.add(trial)
+            return max(_LEAST_SHARE, self._batch // len(self._working))
+
+    def rest(self, trial: str) -> None:
+        """The trial has no request in the engines any more."""
+        with self._lock:
+            self._working.discard(trial)
+
+    def held(self) -> dict[str, dict[str, Any]]:
+        """Vector name to its slots and the trials that hold it."""
+        with self._lock:
+            return {
+                name: {"slots": held.slots, "holders": sorted(held.holders)}
+                for name, held in self._vectors.items()
+            }
+
+    def _make_room(self, slots: int) -> bool:
+        while sum(held.slots for held in self._vectors.values()) + slots > self._capacity:
+            idle = [name for name, held in self._vectors.items() if not held.holders]
+            if not idle or not self._drop(min(idle, key=lambda name: self._vectors[name].used)):
+                return False
+        return True
+
+    def _drop(self, name: str) -> bool:
+        try:
+            self._retire(name)
+        except SpoError:
+            # A request of a killed trial still reads it; `reap` tries again.
+            self._vectors[name].doomed = True
+            return False
+        del self._vectors[name]
+        return True
+
+
+class OfficeActor:
+    """`SlotOffice` in a process of its own; ends leases also when nobody asks for anything.
+
+    Args:
+        connect: gives the function that retires a vector, inside this process.
+        options: arguments of `SlotOffice`.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Callable[[str], object]], options: Mapping[str, Any]
+    ) -> None:
+        self._office = SlotOffice(retire=connect(), **options)
+        self._stop = threading.Event()
+        pause = max(0.2, float(options["lease_s"]) / 4)
+        threading.Thread(target=self._watch, args=(pause,), daemon=True).start()
+
+    def _watch(self, pause: float) -> None:
+        while not self._stop.wait(pause):
+            self._office.reap()
+
+    def call(self, method: str, *arguments: Any, **named: Any) -> Any:
+        """One of `SlotOffice`'s methods."""
+        return getattr(self._office, method)(*arguments, **named)
+
+    def expired(self) -> int:
+        """How many leases ended without a release."""
+        return self._office.expired
+
+
+class Office(Protocol):
+    """What a lease needs: `SlotOffice` itself, or a stand-in that calls the actor."""
+
+    def acquire(self, trial: str, name: str, slots: int) -> bool: ...
+    def renew(self, trial: str) -> bool: ...
+    def release(self, trial: str, *, keep: bool = True) -> None: ...
+    def share(self, trial: str) -> int: ...
+    def rest(self, trial: str) -> None: ...
+
+
+class RemoteOffice:
+    """Calls an `OfficeActor`.
+
+    Args:
+        actor: its handle.
+        timeout_s: longest wait for an answer.
+    """
+
+    def __init__(self, actor: Any, *, timeout_s: float = 60.0) -> None:
+        self._actor = actor
+        self._timeout_s = timeout_s
+
+    def _call(self, method: str, *arguments: Any, **named: Any) -> Any:
+        import ray
+
+        try:
+            return ray.get(
+                self._actor.call.remote(method, *arguments, **named), timeout=self._timeout_s
+            )
+        except ray.exceptions.RayActorError as error:
+            raise StageError(f"the sweep's slot office is gone: {error}") from error
+        except ray.exceptions.GetTimeoutError as error:
+            raise StageError(
+                f"waited {self._timeout_s:.0f} s for the sweep's slot office; the cluster is "
+                "overloaded or lost"
+            ) from error
+
+    def acquire(self, trial: str, name: str, slots: int) -> bool:
+        """See `SlotOffice.acquire`."""
+        return bool(self._call("acquire", trial, name, slots))
+
+    def renew(self, trial: str) -> bool:
+        """See `SlotOffice.renew`."""
+        return bool(self._call("renew", trial))
+
+    def release(self, trial: str, *, keep: bool = True) -> None:
+        """See `SlotOffice.release`."""
+        self._call("release", trial, keep=keep)
+
+    def share(self, trial: str) -> int:
+        """See `SlotOffice.share`."""
+        return int(self._call("share", trial))
+
+    def rest(self, trial: str) -> None:
+        """See `SlotOffice.rest`."""
+        self._call("rest", trial)
+
+
+class LeasedSampler:
+    """A sampler for one trial: leases what it publishes, takes turns, and stops when it lost them.
+
+    Implements `spo.engines.base.Sampler`.
+
+    Args:
+        sampler: the shared pool.
+        office: gives the leases.
+        trial: unique name of the trial.
+        slots: slots of each vector name; 2 for one that changes while it is read.
+        lease_s: the office's lease time; renewed four times within it.
+        wait_s: longest wait for a slot.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        office: Office,
+        *,
+        trial: str,
+        slots: int,
+        lease_s: float,
+        wait_s: float,
+    ) -> None:
+        self._sampler = sampler
+        self._office = office
+        self._trial = trial
+        self._slots = slots
+        self._lease_s = lease_s
+        self._wait_s = wait_s
+        self._leased: set[str] = set()
+        self._lost = threading.Event()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._sampler.info
+
+    def publish(self, name: str, vector: SteeringVector, version: int) -> str:
+        if name not in self._leased:
+            self._lease(name)
+        self._check()
+        return self._sampler.publish(name, vector, version)
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Rollout]:
+        return self._in_turns(requests, self._sampler.generate)
+
+    def logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float]]:
+        return self._in_turns(requests, self._sampler.logprobs)
+
+    def end(self, *, keep: bool) -> None:
+        """Give the leases back; see `SlotOffice.release`."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join(timeout=self._lease_s)
+        self._office.release(self._trial, keep=keep)
+        self._leased.clear()
+
+    def _lease(self, name: str) -> None:
+        end = time.monotonic() + self._wait_s
+        while not self._office.acquire(self._trial, name, self._slots):
+            if time.monotonic() > end:
+                raise StageError(
+                    f"trial {self._trial} waited {self._wait_s:.0f} s for {self._slots} slot(s) of "
+                    "the engines; lower search.concurrent, or raise engine.slots or pool.wait_s"
+                )
+            time.sleep(min(1.0, self._lease_s / 8))
+        self._leased.add(name)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._keep_alive, daemon=True)
+            self._thread.start()
+
+    def _keep_alive(self) -> None:
+        while not self._ended.wait(self._lease_s / 4):
+            try:
+                alive = self._office.renew(self._trial)
+            except SpoError:
+                alive = False
+            if not alive:
+                self._lost.set()
+                return
+
+    def _check(self) -> None:
+        if self._lost.is_set():
+            raise StageError(
+                f"trial {self._trial} lost its lease: it gave no sign of life for "
+                f"{self._lease_s:.0f} s and its slots were given to others. Nothing unsteered was "
+                "used; the trial starts again at its last step"
+            )
+
+    def _in_turns(
+        self, requests: Sequence[_Request], send: Callable[[Sequence[_Request]], list[Any]]
+    ) -> list[Any]:
+        results: list[Any] = []
+        with self._turn():
+            while len(results) < len(requests):
+                self._check()
+                share = self._office.share(self._trial)
+                results += send(requests[len(results) : len(results) + share])
+        return results
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._office.rest(self._trial)
