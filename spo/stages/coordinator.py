@@ -55,6 +55,7 @@ class Coordinator:
         reward: weights.
         seed: decides the order of prompts and the sampling seeds.
         history: JSONL file of figures by step; None keeps none.
+        vector_name: name to publish under; callers that share engines need names of their own.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Coordinator:
         reward: RewardConfig,
         seed: int,
         history: Path | None = None,
+        vector_name: str = VECTOR_NAME,
     ) -> None:
         self._harm = [prompt for prompt in prompts if prompt.kind is PromptKind.HARM]
         self._benign = [prompt for prompt in prompts if prompt.kind is PromptKind.BENIGN]
@@ -83,6 +85,7 @@ class Coordinator:
         self._reward = reward
         self._seed = seed
         self._history = history
+        self._vector_name = vector_name
         self._batches: dict[int, Batch] = {}
         self._figures: dict[int, dict[str, Any]] = {}
 
@@ -91,9 +94,9 @@ class Coordinator:
         if step in self._batches:
             return self._batches[step]
         begin = time.monotonic()
-        self._rollouts.publish(VECTOR_NAME, vector, step)
+        self._rollouts.publish(self._vector_name, vector, step)
         spec = SteeringSpec(
-            vector=VECTOR_NAME,
+            vector=self._vector_name,
             version=step,
             coefficient=self._steering.coefficient,
             operator=self._steering.operator,

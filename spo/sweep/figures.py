@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -209,7 +210,7 @@ def heat_map(
             sums[layers.index(layer), place] += result.mean(metric)
             counts[layers.index(layer), place] += 1
     means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-    labels = [f"{low:.2g}–{high:.2g}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    labels = [f"{low:.2g}–{high:.2g}" for low, high in itertools.pairwise(edges)]
     return means, counts, layers, labels
 
 
@@ -243,7 +244,7 @@ def _heat_of(metric: Metric) -> _Draw:
         figure = _figure(panel)
         bar = figure.colorbar(image, ax=panel, shrink=0.9)
         bar.set_label(LABELS[metric].replace("\n", " "), fontsize=8.5)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         return figure
 
     return draw

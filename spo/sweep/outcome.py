@@ -123,8 +123,8 @@ def remember_base(folder: SweepFolder, digest: str) -> None:
 
 
 def _with_front(rows: Sequence[Row], objectives: Sequence[Metric]) -> tuple[Row, ...]:
-    points = {
-        row.number: {name: row.result.mean(name) for name in objectives}
+    points: dict[int, dict[str, float]] = {
+        row.number: {str(name): row.result.mean(name) for name in objectives}
         for row in rows
         if row.state == "complete" and row.result is not None
     }
@@ -183,7 +183,8 @@ def numbered(outcome: Outcome, number: int) -> Row:
     found = [row for row in outcome.whole if row.number == number]
     if not found:
         raise DataError(
-            f"trial {number} did not run to its end; whole ones: {[r.number for r in outcome.whole]}"
+            f"trial {number} did not run to its end; whole ones: "
+            f"{[row.number for row in outcome.whole]}"
         )
     return found[0]
 
@@ -219,7 +220,7 @@ def parse_limits(texts: Sequence[str]) -> dict[Metric, float]:
     """`METRIC=VALUE` bounds from a command line."""
     limits: dict[Metric, float] = {}
     for text in texts:
-        name, sign, value = text.partition("=")
+        name, _, value = text.partition("=")
         known = [metric for metric in BEST_IS if metric == name]
         try:
             limits[known[0]] = float(value)

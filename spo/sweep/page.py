@@ -135,18 +135,14 @@ def _commands(outcome: Outcome, chosen: Row | None) -> list[tuple[str, str]]:
         return []
     file = shlex.quote(str(outcome.folder.trial(chosen.result.digest) / "config.yaml"))
     name = shlex.quote(f"{outcome.sweep.name}-trial-{chosen.number}")
-    first = next(iter(outcome.sweep.objectives))
-    sweep = f"output_dir={shlex.quote(str(outcome.base_config.output_dir))} name={shlex.quote(outcome.sweep.name)}"
+    setting = f"--config {file} name={name}"
+    there = shlex.quote(f"output_dir={outcome.base_config.output_dir}")
+    sweep = f"{there} {shlex.quote(f'name={outcome.sweep.name}')}"
+    best = f"best --objective {next(iter(outcome.sweep.objectives))} --out {name}"
     return [
-        ("Train, evaluate and report it", f"python -m jobs.pipeline --config {file} name={name}"),
-        (
-            "Release what that made",
-            f"python -m jobs.export --config {file} name={name} --out {name}",
-        ),
-        (
-            "Export this trial's vector as it is",
-            f"python -m jobs.sweep best --objective {first} --out {name} {sweep}",
-        ),
+        ("Train, evaluate and report it", f"python -m jobs.pipeline {setting}"),
+        ("Release what that made", f"python -m jobs.export {setting} --out {name}"),
+        ("Export this trial's vector as it is", f"python -m jobs.sweep {best} {sweep}"),
     ]
 
 

@@ -77,7 +77,7 @@ class TrialPlan:
     prefix: str
     """Names of the shared actors; "" where each trial starts its own."""
     steps: tuple[int, ...]
-    """Learner steps after which a trial is measured; the last one ends it. (0,) without training."""
+    """Learner steps after which trials are measured, the last one ends them; (0,): no training."""
 
     @property
     def trains(self) -> bool:

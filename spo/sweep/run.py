@@ -97,26 +97,8 @@ def check(config: SweepConfig, base: RunConfig) -> tuple[TrialPlan, optuna.Study
             "the space searches keys of learn, rollout or reward and train is 'never': they would "
             "change nothing. Leave them out, or set train: auto"
         )
-    stage1 = [key for key in config.space if key.split(".")[0] in ("estimate", "extract")]
-    if config.vector is not None and stage1:
-        raise ConfigError(f"with a vector of its own a sweep cannot search {stage1}: they make one")
-    if config.vector is not None and not (config.vector / "manifest.json").is_file():
-        raise DataError(
-            f"{config.vector} is no artifact; expected a folder of jobs.export or a run"
-        )
-    steps = base.learn.steps
-    asha = config.search.asha
-    if any(key == "learn.steps" for key in config.space):
-        raise ConfigError(
-            "learn.steps is what ASHA decides: set it in the base and give search.asha, not space"
-        )
-    if asha is not None and not trains:
-        raise ConfigError("search.asha stops training early and no key of the space trains")
-    if asha is not None and asha.grace_steps >= steps:
-        raise ConfigError(
-            f"search.asha.grace_steps={asha.grace_steps} leaves no rung below learn.steps={steps}"
-        )
-    rungs = rung_steps(steps, asha.grace_steps, asha.reduction_factor) if asha else (steps,)
+    _check_vector(config)
+    rungs = _checked_rungs(config, base, trains=trains)
     plan = TrialPlan(
         sweep=config,
         base=base,
@@ -141,6 +123,37 @@ def check(config: SweepConfig, base: RunConfig) -> tuple[TrialPlan, optuna.Study
         evaluation_inputs(without_attack(base))
         open_judge(base.evaluate)
     return plan, open_study(SweepFolder(path=base.run_dir), config, base)
+
+
+def _check_vector(config: SweepConfig) -> None:
+    """An artifact to search coefficients on must be there, and nothing may want to make another."""
+    if config.vector is None:
+        return
+    stage1 = [key for key in config.space if key.split(".")[0] in ("estimate", "extract")]
+    if stage1:
+        raise ConfigError(f"with a vector of its own a sweep cannot search {stage1}: they make one")
+    if not (config.vector / "manifest.json").is_file():
+        raise DataError(
+            f"{config.vector} is no artifact; expected a folder of jobs.export or of a run"
+        )
+
+
+def _checked_rungs(config: SweepConfig, base: RunConfig, *, trains: bool) -> tuple[int, ...]:
+    """Learner steps at which trials are measured."""
+    asha, steps = config.search.asha, base.learn.steps
+    if "learn.steps" in config.space:
+        raise ConfigError(
+            "learn.steps is what ASHA decides: set it in the base and give search.asha, not space"
+        )
+    if asha is None:
+        return (steps,)
+    if not trains:
+        raise ConfigError("search.asha stops training early and no key of the space trains")
+    if asha.grace_steps >= steps:
+        raise ConfigError(
+            f"search.asha.grace_steps={asha.grace_steps} leaves no rung below learn.steps={steps}"
+        )
+    return rung_steps(steps, asha.grace_steps, asha.reduction_factor)
 
 
 def compare(plan: TrialPlan, pools: Pools, reporter: Reporter) -> None:

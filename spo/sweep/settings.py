@@ -267,9 +267,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
             raise ConfigError(f'layers are written as "12-16" or "8,12,16", got {text!r}')
         low, high = int(first), int(last or first)
         if low > high:
-            raise ConfigError(
-                f"layers {text!r}: {low}-{high} is empty, the lower block comes first"
-            )
+            raise ConfigError(f"layers {text!r}: {low}-{high} is empty, the lower one is first")
         layers |= set(range(low, high + 1))
     return tuple(sorted(layers))
 

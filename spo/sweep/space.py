@@ -175,9 +175,8 @@ class Space:
             raise ConfigError(f"{key}: window and subset choose decoder blocks, use {LAYERS}")
         if key == LAYERS and parameter.choices:
             sets += [parse_layers(c) for c in parameter.choices if _is_layer_set(key, c)]
-        outside = sorted(
-            {layer for one in sets for layer in one if not 0 <= layer < self.num_layers}
-        )
+        named = {layer for one in sets for layer in one}
+        outside = sorted(layer for layer in named if not 0 <= layer < self.num_layers)
         if outside:
             raise ConfigError(
                 f"{key} reaches blocks {outside}, the model has blocks 0..{self.num_layers - 1}; "

@@ -13,7 +13,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.trial import TrialState
@@ -64,14 +64,13 @@ def open_study(folder: SweepFolder, config: SweepConfig, base: RunConfig) -> opt
             validation or base configuration; the message names what differs.
     """
     identity = _identity(config, base)
-    modes = config.objectives.values()
-    directions = ["minimize" if mode == "min" else "maximize" for mode in modes]
+    directions: list[Literal["minimize", "maximize"]] = [
+        "minimize" if mode == "min" else "maximize" for mode in config.objectives.values()
+    ]
+    storage = open_storage(folder)
     try:
         study = optuna.create_study(
-            storage=open_storage(folder),
-            study_name=STUDY,
-            directions=directions,
-            load_if_exists=True,
+            storage=storage, study_name=STUDY, directions=directions, load_if_exists=True
         )
     except ValueError as error:
         raise ConfigError(
@@ -98,6 +97,7 @@ def open_study(folder: SweepFolder, config: SweepConfig, base: RunConfig) -> opt
 
 def open_storage(folder: SweepFolder) -> optuna.storages.RDBStorage:
     """The database; ConfigError when the file is something else."""
+    folder.path.mkdir(parents=True, exist_ok=True)
     try:
         return optuna.storages.RDBStorage(
             f"sqlite:///{folder.storage}", engine_kwargs={"connect_args": {"timeout": 60}}

@@ -29,14 +29,14 @@ def log_trial(
         value = settings.get(key, "")
         shown[key] = value if isinstance(value, bool | int | float | str) else show_value(value)
     means = {f"objective/{name}": i.mean for name, i in result.measured.metrics.items()}
-    with SummaryWriter(str(home)) as writer:  # type: ignore[no-untyped-call]
-        for summary in hparams(shown, means):  # type: ignore[no-untyped-call]
-            writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+    with SummaryWriter(str(home)) as writer:
+        for summary in hparams(shown, means):
+            writer._get_file_writer().add_summary(summary)
         for name, value in means.items():
-            writer.add_scalar(name, value, result.step)  # type: ignore[no-untyped-call]
+            writer.add_scalar(name, value, result.step)
         for entry in result.history:
             for name in ("reward", "loss", "kl", "grad_norm"):
                 if isinstance(entry.get(name), int | float):
-                    writer.add_scalar(f"train/{name}", entry[name], entry["step"])  # type: ignore[no-untyped-call]
+                    writer.add_scalar(f"train/{name}", entry[name], entry["step"])
             for part, value in entry.get("reward_parts", {}).items():
-                writer.add_scalar(f"reward/{part}", value, entry["step"])  # type: ignore[no-untyped-call]
+                writer.add_scalar(f"reward/{part}", value, entry["step"])

@@ -44,6 +44,8 @@ class SweepTrainable(tune.Trainable):  # type: ignore[misc]
         self._split = split_prompts(prompts, plan.sweep.validation)
         self._sampler: Sampler
         self._scorer: Scorer
+        self._trial: Trial
+        self._lease: LeasedSampler | None = None
         if plan.prefix:
             self._sampler = EnginePool.connect(plan.prefix, plan.base.engine)
             self._scorer = RewardPool.connect(plan.prefix, plan.base.reward)
@@ -92,8 +94,8 @@ class SweepTrainable(tune.Trainable):  # type: ignore[misc]
     def _begin(self, config: dict[str, Any]) -> None:
         plan = self._plan
         self._label: str = config["label"]
-        self._lease: LeasedSampler | None = None
-        sampler = self._sampler
+        self._lease = None
+        sampler: Sampler = self._sampler
         if plan.prefix:
             import ray
 

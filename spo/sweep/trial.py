@@ -86,7 +86,8 @@ class Trial:
         artifact = start_artifact(self.plan, self.config)
         done = 0 if kept is None else kept.step
         until = next(step for step in self.plan.steps if step > done or step == 0)
-        vector, history = artifact.vector, ()
+        vector = artifact.vector
+        history: tuple[Mapping[str, Any], ...] = ()
         if until:
             vector = self._train(artifact.vector, until)
             history = read_history(self.folder)
