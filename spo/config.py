@@ -120,8 +120,23 @@ class EngineConfig(_Slice):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.55
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPU share of each replica in Ray; 0 runs on the CPU."""
+    slots: Positive = 32
+    """Vector versions that one engine holds at once, over all callers that share it."""
+    min_engines: Positive = 1
+    """The run goes on with fewer engines than `replicas` after losses, down to this many."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Restarts of one engine by Ray before it is given up."""
     start_timeout_s: Positive = 600
     request_timeout_s: Positive = 600
+    probe_interval_s: Annotated[float, Field(gt=0)] = 20.0
+    """A working engine is asked for a sign of life this often; one that gives none for three
+    intervals is taken for hung and restarted."""
+
+    @model_validator(mode="after")
+    def _enough_engines(self) -> EngineConfig:
+        if self.min_engines > self.replicas:
+            raise ValueError(f"min_engines={self.min_engines} is more than replicas")
+        return self
 
 
 class RolloutConfig(_Slice):

@@ -42,7 +42,7 @@ from spo.stages.attack import AttackJob, run_attack
 from spo.stages.coordinator import Coordinator, CoordinatorActor
 from spo.stages.extract import digest_of_rows, extract, load_activations
 from spo.stages.learn import TrainLoopSettings, Update, fit
-from spo.stages.rollout import RolloutPool
+from spo.stages.rollout import EnginePool
 from spo.stages.score import RewardPool
 from spo.vector import SteeringVector
 
@@ -198,7 +198,7 @@ class Pools:
         self._reporter.stage(
             f"Start {config.engine.replicas} {config.engine.backend} engine(s) and reward models"
         )
-        self.rollouts = RolloutPool.start(
+        self.rollouts = EnginePool.start(
             self.model.path,
             self.model.revision,
             config.engine,
@@ -364,7 +364,7 @@ def _connected_coordinator(
     """Built inside the coordinator's own process, which finds the pools by name."""
     return Coordinator(
         prompts,
-        rollouts=RolloutPool.connect(prefix, config.engine),
+        rollouts=EnginePool.connect(prefix, config.engine),
         scorer=RewardPool.connect(prefix, config.reward),
         steering=config.steering,
         rollout=config.rollout,

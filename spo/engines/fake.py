@@ -41,6 +41,8 @@ class FakeEngine:
         rudeness: logit of a rude word on harmful prompts when unsteered.
     """
 
+    concurrent = False
+
     def __init__(self, *, hidden_size: int = 8, num_layers: int = 4, rudeness: float = 1.0) -> None:
         self.device = torch.device("cpu")
         generator = torch.Generator().manual_seed(7)
@@ -66,6 +68,12 @@ class FakeEngine:
         vector.check_fits(hidden_size=self._info.hidden_size, num_layers=self._info.num_layers)
         self._table.put(name, vector, version)
         return vector.sha256
+
+    def retire(self, name: str, version: int | None = None) -> None:
+        self._table.retire(name, version)
+
+    def alive(self) -> bool:
+        return True
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -68,6 +68,8 @@ class HfEngine:
         EngineError: the model cannot be loaded, or its decoder blocks cannot be found.
     """
 
+    concurrent = False
+
     def __init__(
         self,
         model: str,
@@ -112,6 +114,12 @@ class HfEngine:
         check_belongs(vector, self._info)
         self._table.put(name, vector, version)
         return vector.sha256
+
+    def retire(self, name: str, version: int | None = None) -> None:
+        self._table.retire(name, version)
+
+    def alive(self) -> bool:
+        return True
 
     def close(self) -> None:
         del self.model, self.decoder, self.blocks

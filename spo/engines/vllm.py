@@ -62,6 +62,8 @@ class VllmEngine:
         SteeringError: it started and steering cannot be shown to work.
     """
 
+    concurrent = True
+
     def __init__(
         self,
         model: str,
@@ -221,6 +223,11 @@ class VllmEngine:
             with self._capturing:
                 captures += self._capture(requests[start : start + rows])
         return captures
+
+    def alive(self) -> bool:
+        """False once vLLM has noticed that its engine core is gone (it watches the process)."""
+        resources = getattr(self.session.engine.engine_core, "resources", None)
+        return not getattr(resources, "engine_dead", False)
 
     def close(self) -> None:
         session = self.__dict__.pop("session", None)
