@@ -301,6 +301,10 @@ class LeasedSampler:
         self._check()
         return self._sampler.publish(name, vector, version)
 
+    def retire(self, name: str, version: int | None = None) -> None:
+        """Drops versions now; the lease of the name stays."""
+        self._sampler.retire(name, version)
+
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Rollout]:
         return self._in_turns(requests, self._sampler.generate)
 

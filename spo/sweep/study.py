@@ -206,6 +206,10 @@ class SweepSearch(OptunaSearch):  # type: ignore[misc]
             storage=study._storage,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its arguments to restore them, and the database is the state."""
+        return {}
+
     @property
     def target(self) -> int:
         """Finished trials to reach."""
