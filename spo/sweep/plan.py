@@ -90,8 +90,8 @@ class TrialPlan:
         return SweepFolder(path=self.base.run_dir)
 
     def space(self) -> Space:
-        """The space, checked."""
-        return Space(self.sweep.space, self.base, num_layers=self.num_layers)
+        """The space; it was checked before the plan was made."""
+        return Space(self.sweep.space, self.base, num_layers=self.num_layers, check=False)
 
     def config(self, values: Mapping[str, Scalar]) -> RunConfig:
         """Run configuration of a point; the base itself for no values."""

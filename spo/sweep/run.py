@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -250,7 +251,8 @@ def search(plan: TrialPlan, study: optuna.Study, reporter: Reporter) -> None:
     )
     # Our own files hold results and state; Tune's loggers would write each trial a second time.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "1")
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its progress display ignores verbose=0
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(SweepTrainable, plan=plan), trial_resources(plan)),
         tune_config=tune.TuneConfig(

@@ -54,6 +54,7 @@ class Space:
         parameters: configuration key to dimension, in order.
         base: what every value that is not searched is taken from.
         num_layers: decoder blocks of the model.
+        check: False where the same space was checked before, in another process.
 
     Raises:
         ConfigError: a key cannot be searched, a condition cannot hold, a block is outside the
@@ -61,12 +62,19 @@ class Space:
     """
 
     def __init__(
-        self, parameters: Mapping[str, Parameter], base: RunConfig, *, num_layers: int
+        self,
+        parameters: Mapping[str, Parameter],
+        base: RunConfig,
+        *,
+        num_layers: int,
+        check: bool = True,
     ) -> None:
         self.parameters = dict(parameters)
         self.num_layers = num_layers
         self._base = base
         self._tree = base.model_dump(mode="json")
+        if not check:
+            return
         for key, parameter in self.parameters.items():
             self._check_key(key)
             self._check_blocks(key, parameter)

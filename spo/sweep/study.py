@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -25,6 +26,10 @@ from spo.errors import ConfigError, StageError
 from spo.sweep.plan import BASE, SweepFolder, TrialPlan, TrialResult, read_result
 from spo.sweep.settings import SweepConfig, format_layers
 from spo.sweep.space import Space
+
+# Metric names and grouped TPE are marked experimental; both are pinned by our tests.
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 STUDY = "spo-sweep"
 DIGEST, SETTINGS = "digest", "settings"
