@@ -124,7 +124,7 @@ def trial_of(
 
 
 def search_here(sweep: SweepConfig, base: RunConfig, *, stop_after: int | None = None) -> int:
-    """Run the search in this process; returns trials begun. Stops in the middle of one on demand."""
+    """Run the search in this process, on demand to the middle of a trial; returns trials begun."""
     plan = plan_of(sweep, base)
     folder = plan.folder
     study = open_study(folder, sweep, base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -215,6 +216,8 @@ def shared_pool(plan: TrialPlan, reporter: Reporter) -> Iterator[tuple[TrialPlan
         try:
             ray.get(office.call.remote("held"), timeout=120)
             yield replace(plan, prefix=pools.prefix), pools
+            closed = ray.get(office.close.remote(), timeout=120)
+            write_atomic(plan.folder.path / "slots.json", json.dumps(closed).encode())
         finally:
             ray.kill(office)
 

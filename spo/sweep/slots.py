@@ -193,9 +193,11 @@ class OfficeActor:
         """One of `SlotOffice`'s methods."""
         return getattr(self._office, method)(*arguments, **named)
 
-    def expired(self) -> int:
-        """How many leases ended without a release."""
-        return self._office.expired
+    def close(self) -> dict[str, Any]:
+        """End all leases; how many ended by time alone, and what the engines still hold."""
+        self._stop.set()
+        self._office.close()
+        return {"expired": self._office.expired, "left": self._office.held()}
 
 
 class Office(Protocol):

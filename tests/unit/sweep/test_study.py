@@ -159,7 +159,7 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
         directions=["minimize", "maximize", "minimize"],
     )
     foreign.ask()
-    with pytest.raises(ConfigError, match="was not made by jobs.sweep"):
+    with pytest.raises(ConfigError, match=r"was not made by jobs\.sweep"):
         open_study(folder, sweep, base)
 
 
