@@ -95,7 +95,13 @@ def configs(folder: Path, *, space: dict[str, Any] | None = None, **sweep: Any) 
         "output_dir": str(folder),
         "engine": {"backend": "fake"},
         "steering": {"coefficient": 0.1},
-        "rollout": {"harm_prompts": 4, "benign_prompts": 2, "group_size": 4, "max_tokens": 12},
+        "rollout": {
+            "harm_prompts": 4,
+            "benign_prompts": 2,
+            "group_size": 4,
+            "max_tokens": 12,
+            "max_staleness": 0,
+        },
         "learn": {"steps": 6, "dtype": "float32", "max_dose": 20.0},
     }
     return validated(SweepConfig, tree, None), validated(RunConfig, base, None)

@@ -23,7 +23,14 @@ from spo.engines.base import (
     VectorTable,
     receipt_for,
 )
-from spo.engines.plan import SteeringPlan, TokenBatch, pad_answers, token_logprobs
+from spo.engines.plan import (
+    AnswerScores,
+    SteeringPlan,
+    TokenBatch,
+    pad_answers,
+    token_kl,
+    token_logprobs,
+)
 from spo.records import FinishReason, GenerateRequest, Prompt, PromptKind, Rollout, SteeringSpec
 from spo.vector import SteeringVector
 
@@ -116,6 +123,26 @@ class FakeEngine:
                 )
         rude = (hidden @ self.harm_direction) + 2.0 * harmful - 2.0
         return rude.unsqueeze(-1) * _RUDE
+
+    def answer_scores(
+        self,
+        batch: TokenBatch,
+        plans: Sequence[SteeringPlan],
+        *,
+        chunk_tokens: int,
+        cache_prefix: bool = True,
+    ) -> list[AnswerScores]:
+        del chunk_tokens, cache_prefix  # eight words and no blocks to speak of
+        with torch.no_grad():
+            reference = self.answer_logits(batch)
+        base = token_logprobs(reference, batch.answer_ids, batch.answer_mask)
+        scores = []
+        for plan in plans:
+            logits = self.answer_logits(batch, plan)
+            policy = token_logprobs(logits, batch.answer_ids, batch.answer_mask)
+            kl = token_kl(logits, reference) * batch.answer_mask
+            scores.append(AnswerScores(policy=policy, reference=base, kl=kl))
+        return scores
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Rollout]:
         return [self._generate_one(request) for request in requests]

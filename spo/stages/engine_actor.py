@@ -1,4 +1,4 @@
-"""One engine in a Ray actor: several callers at once, signs of life, and leaving when it is dead."""
+"""One engine in a Ray actor: several callers at once, signs of life, leaving when it is dead."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class EngineActor:
     """One engine in its own process, for several callers at once.
 
     A plain class: `ray.remote(concurrency_groups=...)(EngineActor)` at the call site. An engine
-    that cannot take several calls at once gets them one by one. When the engine's own process has died,
-    this one leaves too, so that Ray starts both anew.
+    that cannot take several calls at once gets them one by one. When the engine's own process has
+    died, this one leaves too, so that Ray starts both anew.
     """
 
     def __init__(self, model: str, revision: str | None, config: EngineConfig, seed: int) -> None:

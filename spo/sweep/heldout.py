@@ -12,9 +12,10 @@ from dataclasses import replace
 
 from spo.artifact import SteeringArtifact, write_atomic
 from spo.evaluation import evaluate, format_table, save_report
-from spo.pipeline import HEADLINE_METRICS, Pools
+from spo.pipeline import HEADLINE_METRICS
 from spo.progress import Reporter
 from spo.records import SteeringSpec
+from spo.refine import Pools
 from spo.resources import alignment_arguments, evaluation_inputs, open_judge
 from spo.sweep.outcome import Outcome, balanced
 

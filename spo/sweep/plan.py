@@ -167,6 +167,6 @@ def read_result(folder: Path) -> TrialResult | None:
 
 def stage1_digest(config: RunConfig) -> str:
     """What a Stage I vector depends on beyond the extracted activations."""
-    sources = [(s.kind, str(s.path), s.weight) for s in config.extract.sources]
+    sources = [(source.label, source.weight) for source in config.extract.sources]
     content = [config.estimate.model_dump(mode="json"), sources]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -16,9 +16,11 @@ import optuna
 from spo.artifact import write_atomic
 from spo.config import RunConfig
 from spo.errors import ConfigError, DataError, StageError
-from spo.pipeline import Pools, prepare, run_extract
+from spo.pipeline import prepare
 from spo.progress import Reporter
+from spo.refine import Pools
 from spo.resources import evaluation_inputs, open_judge, resolve_model, training_prompts
+from spo.stage1 import run_extract
 from spo.sweep.heldout import compare_heldout
 from spo.sweep.outcome import Outcome, balanced, load_outcome, remember_base, write_table
 from spo.sweep.page import write_page

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from spo.config import (
-    Positive,
     RunConfig,
     assign_override,
     read_yaml,
     split_override,
     validated,
 )
+from spo.config_base import Positive, Slice
 from spo.errors import ConfigError, DataError
 
 Metric = Literal["toxicity", "utility", "kl", "nll", "degenerate"]
@@ -37,11 +37,7 @@ BEST_IS: Mapping[Metric, Mode] = {
 """Every metric that a trial measures and its better direction; see `spo.sweep.validation`."""
 
 
-class _Slice(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class WindowSpace(_Slice):
+class WindowSpace(Slice):
     """Runs of neighbouring decoder blocks."""
 
     first: tuple[int, int]
@@ -52,7 +48,7 @@ class WindowSpace(_Slice):
     """Distance between two first blocks."""
 
 
-class SubsetSpace(_Slice):
+class SubsetSpace(Slice):
     """Any set out of some decoder blocks, each in or out on its own."""
 
     of: str
@@ -60,7 +56,7 @@ class SubsetSpace(_Slice):
     at_most: Positive | None = None
 
 
-class Parameter(_Slice):
+class Parameter(Slice):
     """One dimension of the space: exactly one of the kinds, and when it applies."""
 
     choices: tuple[Any, ...] | None = None
@@ -116,7 +112,7 @@ class Parameter(_Slice):
 _KINDS = ("choices", "uniform", "loguniform", "integer", "window", "subset")
 
 
-class AshaConfig(_Slice):
+class AshaConfig(Slice):
     """Asynchronous successive halving over learner steps (arXiv 1810.05934), multi-objective: a
     trial is ranked by how many others at the same rung dominate it."""
 
@@ -126,7 +122,7 @@ class AshaConfig(_Slice):
     """About one in this many goes on from each rung to the next."""
 
 
-class SearchConfig(_Slice):
+class SearchConfig(Slice):
     """How the space is searched."""
 
     algorithm: Literal["tpe", "nsga2", "random", "grid"] = "tpe"
@@ -144,7 +140,7 @@ class SearchConfig(_Slice):
     """Failed trials after which the sweep stops."""
 
 
-class ValidationConfig(_Slice):
+class ValidationConfig(Slice):
     """What the objectives are measured on: training prompts that no trial learns from."""
 
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
@@ -157,7 +153,7 @@ class ValidationConfig(_Slice):
     bootstrap: Positive = 500
 
 
-class PoolConfig(_Slice):
+class PoolConfig(Slice):
     """Engines and reward models of the trials."""
 
     mode: Literal["shared", "isolated"] = "shared"
@@ -168,7 +164,7 @@ class PoolConfig(_Slice):
     """Longest wait of a trial for a slot."""
 
 
-class SweepConfig(_Slice):
+class SweepConfig(Slice):
     """A sweep. Saved, resolved, in the sweep's folder."""
 
     name: str = "sweep"

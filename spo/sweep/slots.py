@@ -11,18 +11,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from spo.engines.base import EngineInfo, LogprobRequest, Sampler
 from spo.errors import SpoError, StageError
-from spo.records import GenerateRequest, Rollout
-from spo.vector import SteeringVector
 
 _LEAST_SHARE = 4
-_Request = TypeVar("_Request", GenerateRequest, LogprobRequest)
+_TRAINED = "trial-"
+_TRAINED_SLOTS = 4
+"""Versions of one name that an engine keeps."""
+
+
+def trained_name(digest: str) -> str:
+    """Name under which a trial publishes the vector that it trains."""
+    return f"{_TRAINED}{digest}"
+
+
+def slots_of(name: str) -> int:
+    """Slots that a vector name takes: several for one that changes while it is read."""
+    return _TRAINED_SLOTS if name.startswith(_TRAINED) else 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -115,6 +123,15 @@ class SlotOffice:
                     if not held.holders and not keep:
                         self._drop(name)
 
+    def give_back(self, trial: str, name: str) -> None:
+        """End of one lease; the vector goes unless another trial holds it."""
+        with self._lock:
+            held = self._vectors.get(name)
+            if held is not None:
+                held.holders.discard(trial)
+                if not held.holders:
+                    self._drop(name)
+
     def reap(self) -> None:
         """End the leases of trials that gave no sign of life."""
         with self._lock:
@@ -206,6 +223,7 @@ class Office(Protocol):
     def acquire(self, trial: str, name: str, slots: int) -> bool: ...
     def renew(self, trial: str) -> bool: ...
     def release(self, trial: str, *, keep: bool = True) -> None: ...
+    def give_back(self, trial: str, name: str) -> None: ...
     def share(self, trial: str) -> int: ...
     def rest(self, trial: str) -> None: ...
 
@@ -249,6 +267,10 @@ class RemoteOffice:
         """See `SlotOffice.release`."""
         self._call("release", trial, keep=keep)
 
+    def give_back(self, trial: str, name: str) -> None:
+        """See `SlotOffice.give_back`."""
+        self._call("give_back", trial, name)
+
     def share(self, trial: str) -> int:
         """See `SlotOffice.share`."""
         return int(self._call("share", trial))
@@ -256,117 +278,3 @@ class RemoteOffice:
     def rest(self, trial: str) -> None:
         """See `SlotOffice.rest`."""
         self._call("rest", trial)
-
-
-class LeasedSampler:
-    """A sampler for one trial: leases what it publishes, takes turns, and stops when it lost them.
-
-    Implements `spo.engines.base.Sampler`.
-
-    Args:
-        sampler: the shared pool.
-        office: gives the leases.
-        trial: unique name of the trial.
-        slots: slots of each vector name; 2 for one that changes while it is read.
-        lease_s: the office's lease time; renewed four times within it.
-        wait_s: longest wait for a slot.
-    """
-
-    def __init__(
-        self,
-        sampler: Sampler,
-        office: Office,
-        *,
-        trial: str,
-        slots: int,
-        lease_s: float,
-        wait_s: float,
-    ) -> None:
-        self._sampler = sampler
-        self._office = office
-        self._trial = trial
-        self._slots = slots
-        self._lease_s = lease_s
-        self._wait_s = wait_s
-        self._leased: set[str] = set()
-        self._lost = threading.Event()
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._sampler.info
-
-    def publish(self, name: str, vector: SteeringVector, version: int) -> str:
-        if name not in self._leased:
-            self._lease(name)
-        self._check()
-        return self._sampler.publish(name, vector, version)
-
-    def retire(self, name: str, version: int | None = None) -> None:
-        """Drops versions now; the lease of the name stays."""
-        self._sampler.retire(name, version)
-
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[Rollout]:
-        return self._in_turns(requests, self._sampler.generate)
-
-    def logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float]]:
-        return self._in_turns(requests, self._sampler.logprobs)
-
-    def end(self, *, keep: bool) -> None:
-        """Give the leases back; see `SlotOffice.release`."""
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join(timeout=self._lease_s)
-        self._office.release(self._trial, keep=keep)
-        self._leased.clear()
-
-    def _lease(self, name: str) -> None:
-        end = time.monotonic() + self._wait_s
-        while not self._office.acquire(self._trial, name, self._slots):
-            if time.monotonic() > end:
-                raise StageError(
-                    f"trial {self._trial} waited {self._wait_s:.0f} s for {self._slots} slot(s) of "
-                    "the engines; lower search.concurrent, or raise engine.slots or pool.wait_s"
-                )
-            time.sleep(min(1.0, self._lease_s / 8))
-        self._leased.add(name)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._keep_alive, daemon=True)
-            self._thread.start()
-
-    def _keep_alive(self) -> None:
-        while not self._ended.wait(self._lease_s / 4):
-            try:
-                alive = self._office.renew(self._trial)
-            except SpoError:
-                alive = False
-            if not alive:
-                self._lost.set()
-                return
-
-    def _check(self) -> None:
-        if self._lost.is_set():
-            raise StageError(
-                f"trial {self._trial} lost its lease: it gave no sign of life for "
-                f"{self._lease_s:.0f} s and its slots were given to others. Nothing unsteered was "
-                "used; the trial starts again at its last step"
-            )
-
-    def _in_turns(
-        self, requests: Sequence[_Request], send: Callable[[Sequence[_Request]], list[Any]]
-    ) -> list[Any]:
-        results: list[Any] = []
-        with self._turn():
-            while len(results) < len(requests):
-                self._check()
-                share = self._office.share(self._trial)
-                results += send(requests[len(results) : len(results) + share])
-        return results
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._office.rest(self._trial)

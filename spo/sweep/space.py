@@ -357,12 +357,12 @@ def _meets(value: Scalar | None, wanted: Scalar | tuple[Scalar, ...]) -> bool:
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key of a configuration tree; entries of a list go by kind or file name."""
+    """Set a key of a configuration tree; entries of a list go by name or kind."""
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
         if isinstance(node, list):
-            named = [item for item in node if part in (item["kind"], _stem(item.get("path")))]
+            named = [item for item in node if part in (item["name"], item["kind"])]
             node = named[0] if len(named) == 1 else None
         else:
             node = node.get(part) if isinstance(node, dict) else None
@@ -374,7 +374,3 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
             "--dry-run` prints every key"
         )
     node[last] = value
-
-
-def _stem(path: str | None) -> str | None:
-    return path.rsplit("/", 1)[-1].rsplit(".", 1)[0] if path else None

@@ -16,14 +16,15 @@ from spo.config import RunConfig
 from spo.engines.base import Sampler
 from spo.engines.plan import DifferentiableEngine
 from spo.errors import StageError
-from spo.pipeline import Pools
 from spo.progress import Silent
+from spo.refine import Pools
 from spo.resources import resolve_model, training_prompts
 from spo.stages.rollout import EnginePool
 from spo.stages.score import RewardPool
+from spo.sweep.lease import LeasedSampler
 from spo.sweep.plan import BASE, TrialPlan
-from spo.sweep.slots import LeasedSampler, RemoteOffice
-from spo.sweep.trial import Trial, trial_slots
+from spo.sweep.slots import RemoteOffice
+from spo.sweep.trial import Trial
 from spo.sweep.validation import Scorer, split_prompts
 
 
@@ -104,7 +105,6 @@ class SweepTrainable(tune.Trainable):  # type: ignore[misc]
                 RemoteOffice(ray.get_actor(office_name(plan.prefix))),
                 # With the process: one that was thought dead must not renew its successor's lease.
                 trial=f"{self._label}-{os.getpid()}",
-                slots=trial_slots(plan),
                 lease_s=plan.sweep.pool.lease_s,
                 wait_s=plan.sweep.pool.wait_s,
             )

@@ -6,32 +6,24 @@ checkpoints at every learner step, and a new `Trial` on the same folder continue
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from spo.artifact import SteeringArtifact, write_atomic
 from spo.config import RunConfig
 from spo.engines.base import Sampler
 from spo.engines.plan import DifferentiableEngine
-from spo.errors import DataError
-from spo.pipeline import STAGE1, run_estimate, train
 from spo.progress import Silent
-from spo.records import Batch, SteeringSpec
-from spo.stages.coordinator import Coordinator
-from spo.stages.learn import Update, VectorLearner
+from spo.records import SteeringSpec
+from spo.stage1 import STAGE1, run_estimate
 from spo.sweep.plan import TrialPlan, TrialResult, read_result, stage1_digest
 from spo.sweep.settings import Scalar
-from spo.sweep.validation import Scorer, Split, Validator
+from spo.sweep.slots import slots_of, trained_name
+from spo.sweep.training import TrialTraining, read_history
+from spo.sweep.validation import Measured, Scorer, Split, Validator
 from spo.vector import SteeringVector
-
-SLOTS_TRAINING = 4
-"""Versions of one name that an engine keeps."""
-_KEPT_CHECKPOINTS = 2
 
 
 class Trial:
@@ -65,7 +57,7 @@ class Trial:
         self._scorer = scorer
         self._split = split
         self._learner_engine = learner_engine
-        self._learner: VectorLearner | None = None
+        self._trained: TrialTraining | None = None
         self._validator = Validator(
             sampler,
             scorer,
@@ -89,15 +81,14 @@ class Trial:
         vector = artifact.vector
         history: tuple[Mapping[str, Any], ...] = ()
         if until:
-            vector = self._train(artifact.vector, until)
+            vector = self._training().run(artifact.vector, until)
             history = read_history(self.folder)
-        name = f"vector-{vector.sha256[:16]}" if not until else f"trial-{self.digest}"
         result = TrialResult(
             digest=self.digest,
             values=self.values,
             step=until,
             steps=self.plan.steps[-1],
-            measured=self._measure(name, vector, until),
+            measured=self._measure(vector, passing=until > 0),
             layers=vector.layers,
             sha256=vector.sha256,
             seconds=time.monotonic() - begin + (kept.seconds if kept else 0.0),
@@ -107,73 +98,35 @@ class Trial:
         write_atomic(self.folder / "result.json", result.to_json().encode())
         return result
 
-    def _measure(self, name: str, vector: SteeringVector, version: int) -> Any:
-        self._sampler.publish(name, vector, version)
+    def _training(self) -> TrialTraining:
+        if self._trained is None:
+            self._trained = TrialTraining(
+                self.config,
+                self.digest,
+                self.folder,
+                split=self._split,
+                sampler=self._sampler,
+                scorer=self._scorer,
+                open_engine=self._learner_engine,
+            )
+        return self._trained
+
+    def _measure(self, vector: SteeringVector, *, passing: bool) -> Measured:
+        """Figures of a vector; `passing` gives its slot back at once, for nobody shares it."""
+        name = f"vector-{vector.sha256[:16]}"
+        self._sampler.publish(name, vector, 0)
         steering = self.config.steering
         spec = SteeringSpec(
             vector=name,
-            version=version,
+            version=0,
             coefficient=steering.coefficient,
             operator=steering.operator,
             positions=steering.positions,
         )
-        return self._validator.measure(spec, sha256=vector.sha256)
-
-    def _train(self, start: SteeringVector, until: int) -> SteeringVector:
-        """Learner steps up to `until`; the vector of the last one."""
-        if self._learner is None:
-            self._learner = VectorLearner(
-                self._learner_engine(self.config),
-                start,
-                steering=self.config.steering,
-                config=self.config.learn,
-            )
-        learner = self._learner
-        kept = self._checkpoints()
-        first = learner.restore(kept[-1]) if kept else 0
-        coordinator = Coordinator(
-            self._split.train,
-            rollouts=self._sampler,
-            scorer=self._scorer,
-            steering=self.config.steering,
-            rollout=self.config.rollout,
-            reward=self.config.reward,
-            seed=self.config.seed,
-            history=self.folder / "history.jsonl",
-            vector_name=f"trial-{self.digest}",
-        )
-
-        def next_batch(step: int, vector: SteeringVector) -> Batch:
-            return coordinator.batch(step, vector)
-
-        def after_step(update: Update, vector: SteeringVector) -> None:
-            coordinator.record(
-                {
-                    "step": update.step,
-                    "loss": update.loss,
-                    "kl": update.kl,
-                    "grad_norm": update.grad_norm,
-                    "doses": vector.doses.tolist(),
-                    "learn_s": update.seconds,
-                }
-            )
-            self._checkpoint(learner, update.step + 1)
-
-        return train(learner, next_batch, steps=range(first, until), after_step=after_step)
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-*[0-9]"))
-
-    def _checkpoint(self, learner: VectorLearner, next_step: int) -> None:
-        """Whole or not at all: a kill during the write leaves the one before."""
-        path = self.folder / f"checkpoint-{next_step:06d}"
-        part = path.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
-        learner.save(part, next_step)
-        if not path.exists():
-            part.rename(path)
-        for old in self._checkpoints()[:-_KEPT_CHECKPOINTS]:
-            shutil.rmtree(old, ignore_errors=True)
+        measured = self._validator.measure(spec, sha256=vector.sha256)
+        if passing:
+            self._sampler.retire(name)
+        return measured
 
     def _keep(self, start: SteeringArtifact, vector: SteeringVector) -> None:
         trained = vector.sha256 != start.vector.sha256
@@ -210,21 +163,6 @@ def start_artifact(plan: TrialPlan, config: RunConfig) -> SteeringArtifact:
     return SteeringArtifact.load(home / STAGE1, model_id=None)
 
 
-def read_history(folder: Path) -> tuple[Mapping[str, Any], ...]:
-    """Figures by learner step; a step that was replayed counts once, as it went last."""
-    path = folder / "history.jsonl"
-    if not path.is_file():
-        return ()
-    steps: dict[int, Mapping[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}: a line is not JSON: {error}") from error
-        steps[int(entry["step"])] = entry
-    return tuple(steps[step] for step in sorted(steps))
-
-
 def rung_steps(total: int, grace: int, factor: int) -> tuple[int, ...]:
     """Steps at which trials are compared: grace, grace x factor, ..., and the last."""
     steps: list[int] = []
@@ -237,4 +175,4 @@ def rung_steps(total: int, grace: int, factor: int) -> tuple[int, ...]:
 
 def trial_slots(plan: TrialPlan) -> int:
     """Slots that one trial needs."""
-    return SLOTS_TRAINING if plan.trains else 1
+    return slots_of(trained_name("")) + 1 if plan.trains else 1

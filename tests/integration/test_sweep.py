@@ -173,9 +173,12 @@ def test_bad_input_stops_before_an_engine_starts(
     from spo.progress import Silent
     from spo.sweep.run import run_sweep
 
-    with pytest.raises(SpoError, match=message):  # Ray is not connected: nothing can have started
+    def begin() -> None:
         sweep, base = load_sweep(resumed[0].parent / "sweep.yaml", arguments)
-        run_sweep(sweep, base, Silent(), resume=False)
+        run_sweep(sweep, base, Silent(), resume=False)  # Ray is not connected: nothing can start
+
+    with pytest.raises(SpoError, match=message):
+        begin()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import pytest
 from spo.engines.fake import FakeEngine
 from spo.errors import StageError, SteeringError
 from spo.records import GenerateRequest, Prompt, PromptKind, Sampling, SteeringSpec
-from spo.sweep.slots import LeasedSampler, SlotOffice
+from spo.sweep.lease import LeasedSampler
+from spo.sweep.slots import SlotOffice
 from tests.example_sweep import known_vector
 
 
@@ -95,7 +96,7 @@ def test_what_can_never_fit_is_an_error_and_not_a_wait() -> None:
 
 def leased(office: Any, trial: str, engine: FakeEngine, **changes: float) -> LeasedSampler:
     settings = {"lease_s": 10.0, "wait_s": 5.0, **changes}
-    return LeasedSampler(engine, office, trial=trial, slots=1, **settings)
+    return LeasedSampler(engine, office, trial=trial, **settings)
 
 
 def requests(count: int, label: str) -> list[GenerateRequest]:

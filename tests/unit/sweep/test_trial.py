@@ -15,7 +15,7 @@ from spo.engines.fake import FakeEngine
 from spo.errors import ConfigError, ScorerError, SteeringError
 from spo.records import PromptKind, Rollout, SteeringSpec
 from spo.sweep.plan import TrialResult, read_result
-from spo.sweep.trial import read_history
+from spo.sweep.training import read_history
 from spo.sweep.validation import Validator, check_measurable, split_prompts
 from tests.example_sweep import (
     TRAINING,
