@@ -3,6 +3,7 @@
 engine: plain vLLM against the steered engine (idle, all layers steered, adaptive, many vectors in
 one batch, stacked vectors, publish latency), random weights, one picture each. Writes results.json
 and table.md, and prints the table.
+sweep: trials per hour of a sweep file over one shared pool, and with an engine for each trial.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ def main(arguments: list[str] | None = None) -> None:
     engine.add_argument("--output", type=Path, default=Path("runs/bench-engine"))
     engine.add_argument("--time-limit", type=float, default=480.0, metavar="SECONDS")
     engine.add_argument("--repeats", type=int, default=1)
+    sweep = kinds.add_parser("sweep", help="shared pool against an engine for each trial")
+    sweep.add_argument("--config", type=Path, required=True, metavar="FILE", help="sweep file")
+    sweep.add_argument("--shared", type=int, default=8, metavar="TRIALS")
+    sweep.add_argument("--isolated", type=int, default=2, metavar="TRIALS")
+    sweep.add_argument("overrides", nargs="*", metavar="key.sub=value")
     chosen = parser.parse_args(arguments)
+    if chosen.kind == "sweep":
+        _sweep(chosen)
+        return
 
     from spo.engines.vllm_plugin.bench import run
 
@@ -47,6 +56,25 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     print(result.table())
     print(f"written: {chosen.output / 'results.json'}")
+
+
+def _sweep(chosen: argparse.Namespace) -> None:
+    from jobs import command
+    from spo.progress import ConsoleReporter
+    from spo.sweep.bench import compare_pools, table
+    from spo.sweep.settings import load_sweep
+
+    with command.errors_for_people():
+        sweep, base = load_sweep(chosen.config, chosen.overrides)
+        with command.cluster(base):
+            speeds = compare_pools(
+                sweep,
+                base,
+                ConsoleReporter(),
+                shared_trials=chosen.shared,
+                isolated_trials=chosen.isolated,
+            )
+    print(table(speeds))
 
 
 if __name__ == "__main__":

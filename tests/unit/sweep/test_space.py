@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -9,7 +10,7 @@ import pytest
 
 from spo.config import RunConfig, validated
 from spo.errors import ConfigError
-from spo.sweep.settings import SweepConfig, format_layers, parse_layers
+from spo.sweep.settings import SweepConfig, format_layers, load_sweep, parse_layers
 from spo.sweep.space import Space
 
 BASE = RunConfig()
@@ -144,3 +145,22 @@ def test_points_to_evaluate_first_are_checked(point: dict[str, Any], message: st
 @pytest.mark.parametrize("text", ["3", "3-5", "1,4", "1,4-6,9"])
 def test_layers_are_written_and_read_alike(text: str) -> None:
     assert format_layers(parse_layers(text)) == text
+
+
+@pytest.mark.parametrize("name", ["sweep_layers", "sweep_coefficients", "sweep_spo"])
+def test_shipped_sweeps_fit_the_embedded_model(name: str, repository: Path) -> None:
+    sweep, base = load_sweep(repository / "tune_configs" / f"{name}.yaml", ["search.trials=3"])
+    made = Space(sweep.space, base, num_layers=30)
+    assert sweep.search.trials == 3
+    assert base.name == sweep.name
+    assert made.trains == (name == "sweep_spo")
+    for point in sweep.first:
+        made.point(point)
+
+
+def test_overrides_change_the_sweep_or_its_base(repository: Path) -> None:
+    file = repository / "tune_configs" / "sweep_layers.yaml"
+    sweep, base = load_sweep(file, ["pool.mode=isolated", "learn.steps=3", "engine.backend=fake"])
+    assert (sweep.pool.mode, base.learn.steps, base.engine.backend) == ("isolated", 3, "fake")
+    with pytest.raises(ConfigError, match="pool.mod"):
+        load_sweep(file, ["pool.mod=isolated"])
