@@ -162,5 +162,5 @@ def test_overrides_change_the_sweep_or_its_base(repository: Path) -> None:
     file = repository / "tune_configs" / "sweep_layers.yaml"
     sweep, base = load_sweep(file, ["pool.mode=isolated", "learn.steps=3", "engine.backend=fake"])
     assert (sweep.pool.mode, base.learn.steps, base.engine.backend) == ("isolated", 3, "fake")
-    with pytest.raises(ConfigError, match="pool.mod"):
+    with pytest.raises(ConfigError, match=r"pool\.mod"):
         load_sweep(file, ["pool.mod=isolated"])
