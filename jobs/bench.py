@@ -3,7 +3,11 @@
 engine: plain vLLM against the steered engine (idle, all layers steered, adaptive, many vectors in
 one batch, stacked vectors, publish latency), random weights, one picture each. Writes results.json
 and table.md, and prints the table.
+
 sweep: trials per hour of a sweep file over one shared pool, and with an engine for each trial.
+
+extract: activation extraction as a share of the matrix-product rate of the same run, against one
+image at a time, and one worker against several.
 """
 
 from __future__ import annotations
@@ -36,7 +40,17 @@ def main(arguments: list[str] | None = None) -> None:
     sweep.add_argument("--shared", type=int, default=8, metavar="TRIALS")
     sweep.add_argument("--isolated", type=int, default=2, metavar="TRIALS")
     sweep.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    extraction = kinds.add_parser("extract", help="throughput of activation extraction")
+    extraction.add_argument("--preset", default="tiny", choices=("tiny", "h200"))
+    extraction.add_argument("--output", type=Path, default=Path("runs/bench-extract"))
+    extraction.add_argument("--time-limit", type=float, default=420.0, metavar="SECONDS")
+    extraction.add_argument(
+        "--gpus", type=int, default=1, help="compare 1 .. this many cards (tiny: CPU workers)"
+    )
     chosen = parser.parse_args(arguments)
+    if chosen.kind == "extract":
+        _extract(chosen)
+        return
     if chosen.kind == "sweep":
         _sweep(chosen)
         return
@@ -75,6 +89,14 @@ def _sweep(chosen: argparse.Namespace) -> None:
                 isolated_trials=chosen.isolated,
             )
     print(table(speeds))
+
+
+def _extract(chosen: argparse.Namespace) -> None:
+    from spo.stages.bench_extract import run
+
+    result = run(chosen.preset, chosen.output, time_limit=chosen.time_limit, gpus=chosen.gpus)
+    print(result.table())
+    print(f"written: {chosen.output / 'results.json'}")
 
 
 if __name__ == "__main__":

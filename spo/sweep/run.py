@@ -94,6 +94,10 @@ def run_sweep(config: SweepConfig, base: RunConfig, reporter: Reporter, *, resum
 
 def check(config: SweepConfig, base: RunConfig) -> tuple[TrialPlan, optuna.Study]:
     """Everything that can be wrong before an engine starts."""
+    if base.run_url is not None:
+        raise ConfigError(
+            f"a sweep works in a folder that every node shares, got output_dir={base.output_dir!r}"
+        )
     space = Space(config.space, base, num_layers=model_layers(base))
     trains = space.trains and config.train == "auto"
     if space.trains and not trains:

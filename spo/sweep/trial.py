@@ -158,7 +158,7 @@ def start_artifact(plan: TrialPlan, config: RunConfig) -> SteeringArtifact:
             # Another trial with the same Stage I settings may be faster.
             with suppress(FileExistsError):
                 link.symlink_to(plan.folder.path / "activations", target_is_directory=True)
-        there = config.model_copy(update={"output_dir": home.parent, "name": home.name})
+        there = config.model_copy(update={"output_dir": str(home.parent), "name": home.name})
         run_estimate(there, Silent())
     return SteeringArtifact.load(home / STAGE1, model_id=None)
 

@@ -289,9 +289,9 @@ class _Bench:
         shares = ", ".join(f"{m.workload.name} {m.tokens_per_second:,.0f}" for m in seen)
         self.say(f"{shape} batch {batch} turn {turn}: {shares}")
 
-    def _compare_ranks(self, engine: str) -> None:
+    def _compare_ranks(self, one: str) -> None:
         """Steered log-probabilities of one rank and of all."""
-        shape, names = self.sizes["check_shape"], (f"{engine}, checked", "all ranks")
+        shape, names = self.sizes["check_shape"], (one, "all ranks")
         answers = [self.ask(shape, name, {"logprobs": {}}) for name in names]
         found = [answer for answer in answers if answer is not None]
         if len(found) == len(names):
