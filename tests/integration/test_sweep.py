@@ -222,13 +222,14 @@ def test_nothing_leaks_when_twenty_trials_are_killed(tmp_path: Path) -> None:
     over = threading.Event()
 
     def kill_trials() -> None:
-        while len(killed) < 20 and not over.wait(0.3):
+        """Each process a while after it came, so that kills land in all parts of a trial."""
+        seen: dict[int, float] = {}
+        while len(killed) < 20 and not over.wait(0.2):
+            if not any((tmp_path / "sweep" / "trials").glob("*/result.json")):
+                continue
             for pid in trial_processes():
-                if (
-                    len(killed) < 20
-                    and pid not in killed
-                    and any((tmp_path / "sweep" / "trials").glob("*/result.json"))
-                ):
+                age = time.monotonic() - seen.setdefault(pid, time.monotonic())
+                if pid not in killed and age > (1.0, 2.0, 4.0)[len(killed) % 3]:
                     os.kill(pid, signal.SIGKILL)
                     killed.append(pid)
                     break
