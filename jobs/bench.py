@@ -4,6 +4,8 @@ engine: plain vLLM against the steered engine (idle, all layers steered, adaptiv
 one batch, stacked vectors, publish latency), random weights, one picture each. Writes results.json
 and table.md, and prints the table.
 
+sweep: trials per hour of a sweep file over one shared pool, and with an engine for each trial.
+
 extract: activation extraction as a share of the matrix-product rate of the same run, against one
 image at a time, and one worker against several.
 """
@@ -42,6 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
     objectives.add_argument("--config", type=Path, metavar="FILE")
     objectives.add_argument("--seeds", type=int, default=3)
     objectives.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    sweep = kinds.add_parser("sweep", help="shared pool against an engine for each trial")
+    sweep.add_argument("--config", type=Path, required=True, metavar="FILE", help="sweep file")
+    sweep.add_argument("--shared", type=int, default=8, metavar="TRIALS")
+    sweep.add_argument("--isolated", type=int, default=2, metavar="TRIALS")
+    sweep.add_argument("overrides", nargs="*", metavar="key.sub=value")
     extraction = kinds.add_parser("extract", help="throughput of activation extraction")
     extraction.add_argument("--preset", default="tiny", choices=("tiny", "h200"))
     extraction.add_argument("--output", type=Path, default=Path("runs/bench-extract"))
@@ -61,6 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if chosen.kind == "extract":
         _extract(chosen)
+        return
+    if chosen.kind == "sweep":
+        _sweep(chosen)
         return
 
     from spo.engines.vllm_plugin.bench import run
@@ -90,6 +100,23 @@ def _objectives(chosen: argparse.Namespace) -> None:
     with command.cluster(config):
         path = compare(config, ConsoleReporter(), seeds=chosen.seeds)
     print(path.read_text())
+def _sweep(chosen: argparse.Namespace) -> None:
+    from jobs import command
+    from spo.progress import ConsoleReporter
+    from spo.sweep.bench import compare_pools, table
+    from spo.sweep.settings import load_sweep
+
+    with command.errors_for_people():
+        sweep, base = load_sweep(chosen.config, chosen.overrides)
+        with command.cluster(base):
+            speeds = compare_pools(
+                sweep,
+                base,
+                ConsoleReporter(),
+                shared_trials=chosen.shared,
+                isolated_trials=chosen.isolated,
+            )
+    print(table(speeds))
 
 
 def _extract(chosen: argparse.Namespace) -> None:
