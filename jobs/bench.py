@@ -4,6 +4,8 @@ engine: plain vLLM against the steered engine (idle, all layers steered, adaptiv
 one batch, stacked vectors, publish latency), random weights, one picture each. Writes results.json
 and table.md, and prints the table.
 
+sweep: trials per hour of a sweep file over one shared pool, and with an engine for each trial.
+
 extract: activation extraction as a share of the matrix-product rate of the same run, against one
 image at a time, and one worker against several.
 """
@@ -33,6 +35,20 @@ def main(arguments: list[str] | None = None) -> None:
     engine.add_argument("--output", type=Path, default=Path("runs/bench-engine"))
     engine.add_argument("--time-limit", type=float, default=480.0, metavar="SECONDS")
     engine.add_argument("--repeats", type=int, default=1)
+    learner = kinds.add_parser("learner", help="the learner's step, and one device for all")
+    learner.add_argument("--preset", default="tiny", choices=("tiny", "h200"))
+    learner.add_argument("--output", type=Path, default=Path("runs/bench-learner"))
+    learner.add_argument("--time-limit", type=float, default=300.0, metavar="SECONDS")
+    learner.add_argument("--no-loop", action="store_true", help="only the step")
+    objectives = kinds.add_parser("objectives", help="all objectives of Stage II side by side")
+    objectives.add_argument("--config", type=Path, metavar="FILE")
+    objectives.add_argument("--seeds", type=int, default=3)
+    objectives.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    sweep = kinds.add_parser("sweep", help="shared pool against an engine for each trial")
+    sweep.add_argument("--config", type=Path, required=True, metavar="FILE", help="sweep file")
+    sweep.add_argument("--shared", type=int, default=8, metavar="TRIALS")
+    sweep.add_argument("--isolated", type=int, default=2, metavar="TRIALS")
+    sweep.add_argument("overrides", nargs="*", metavar="key.sub=value")
     extraction = kinds.add_parser("extract", help="throughput of activation extraction")
     extraction.add_argument("--preset", default="tiny", choices=("tiny", "h200"))
     extraction.add_argument("--output", type=Path, default=Path("runs/bench-extract"))
@@ -41,8 +57,20 @@ def main(arguments: list[str] | None = None) -> None:
         "--gpus", type=int, default=1, help="compare 1 .. this many cards (tiny: CPU workers)"
     )
     chosen = parser.parse_args(arguments)
+    if chosen.kind == "learner":
+        from spo.learner_bench import run as run_learner
+
+        limit, loop = chosen.time_limit, not chosen.no_loop
+        print(run_learner(chosen.preset, chosen.output, time_limit=limit, loop=loop))
+        return
+    if chosen.kind == "objectives":
+        _objectives(chosen)
+        return
     if chosen.kind == "extract":
         _extract(chosen)
+        return
+    if chosen.kind == "sweep":
+        _sweep(chosen)
         return
 
     from spo.engines.vllm_plugin.bench import run
@@ -60,6 +88,37 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     print(result.table())
     print(f"written: {chosen.output / 'results.json'}")
+
+
+def _objectives(chosen: argparse.Namespace) -> None:
+    from jobs import command
+    from spo.config import load_config
+    from spo.objective_table import compare
+    from spo.progress import ConsoleReporter
+
+    config = load_config(chosen.config, chosen.overrides)
+    with command.cluster(config):
+        path = compare(config, ConsoleReporter(), seeds=chosen.seeds)
+    print(path.read_text())
+
+
+def _sweep(chosen: argparse.Namespace) -> None:
+    from jobs import command
+    from spo.progress import ConsoleReporter
+    from spo.sweep.bench import compare_pools, table
+    from spo.sweep.settings import load_sweep
+
+    with command.errors_for_people():
+        sweep, base = load_sweep(chosen.config, chosen.overrides)
+        with command.cluster(base):
+            speeds = compare_pools(
+                sweep,
+                base,
+                ConsoleReporter(),
+                shared_trials=chosen.shared,
+                isolated_trials=chosen.isolated,
+            )
+    print(table(speeds))
 
 
 def _extract(chosen: argparse.Namespace) -> None:

@@ -150,9 +150,12 @@ def _check_nodes(config: RunConfig) -> None:
 
     with marker_in(config.run_dir) as marker:
         question = Question(marker=marker)
-        others, silent = ask_nodes(question, timeout_s=_NODES_S)
+        answers = ask_nodes(question, timeout_s=_NODES_S)
         here = ask_here(question, "driver", 0.0)
-    check_nodes(here, others, silent, needs_plugin=config.engine.backend == "vllm")
+    for node in answers.late:
+        # Busy, or hung: the roles that it gets have deadlines of their own.
+        print(f"warning: {node} did not answer within {_NODES_S:.0f} s", file=sys.stderr)
+    check_nodes(here, answers, needs_plugin=config.engine.backend == "vllm")
 
 
 def _check_room(config: RunConfig, stages: Sequence[str]) -> None:
@@ -236,3 +239,11 @@ def _holder_of(name: str) -> str:
     except (ValueError, ray.exceptions.RayError):
         return ""
     return f" (Ray job {found})"
+
+
+def ray_dashboard() -> str | None:
+    """Address of the connected cluster's own dashboard; None where it has none."""
+    import ray
+
+    url: str | None = ray.init(ignore_reinit_error=True, logging_level="error").dashboard_url
+    return url or None

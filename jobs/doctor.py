@@ -63,9 +63,9 @@ def _on_cluster(config: RunConfig, question: Question) -> list[Finding]:
 
     try:
         findings = _dashboard() + _serve_port()
-        others, silent = ask_nodes(question, timeout_s=_NODES_S)
+        answers = ask_nodes(question, timeout_s=_NODES_S)
         rooms = [Room.of(node) for node in ray.nodes() if node["Alive"]]
-        return findings + examine(config, here, others, silent, rooms)
+        return findings + examine(config, here, answers, rooms)
     finally:
         ray.shutdown()
 

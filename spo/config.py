@@ -10,10 +10,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from spo.config_base import Fraction, Location, Positive, Slice
 from spo.config_datasets import (
@@ -184,16 +184,19 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunC
     Raises:
         ConfigError: the file cannot be read, or a key is unknown or out of range; names the key.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        tree = _read_yaml(path)
+    tree: dict[str, Any] = {} if path is None else read_yaml(path)
     for override in overrides:
-        key, sign, value = override.partition("=")
-        if not sign or not key:
-            raise ConfigError(f"expected key.sub=value, got {override!r}, e.g. learn.steps=10")
-        _assign(tree, key.split("."), _parse_value(value), override)
+        assign_override(tree, *split_override(override), override)
+    return validated(RunConfig, tree, path)
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def validated(kind: type[_Model], tree: dict[str, Any], path: Path | None) -> _Model:
+    """Settings of one kind out of a tree; ConfigError names every key that cannot be used."""
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, item['loc']))}: {item['msg']} (got {item['input']!r})"
@@ -207,7 +210,16 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunC
         ) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def split_override(override: str) -> tuple[list[str], Any]:
+    """Keys and value of `key.sub=value`."""
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"expected key.sub=value, got {override!r}, e.g. learn.steps=10")
+    return key.split("."), _parse_value(value)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file; ConfigError when it cannot be read."""
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -239,7 +251,8 @@ def _parse_value(text: str) -> Any:
         ) from error
 
 
-def _assign(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+def assign_override(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    """Set one key of a tree in place; `override` is the text for the message."""
     for key in keys[:-1]:
         branch = tree.setdefault(key, {})
         if not isinstance(branch, dict):

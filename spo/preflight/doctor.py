@@ -6,14 +6,14 @@ check, what was found, and the mend.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from spo.config import FileSource, RunConfig
 from spo.errors import StageError
-from spo.preflight.nodes import NO_PLUGIN, NodeFacts, Question, differences
+from spo.preflight.nodes import NO_PLUGIN, Answers, NodeFacts, Question, differences
 from spo.preflight.placement import Room, check_room, phases_of
 
 STAGES = ("extract", "train", "evaluate")
@@ -87,8 +87,7 @@ def _is_path(value: str) -> bool:
 def examine(
     config: RunConfig,
     here: NodeFacts,
-    others: Sequence[NodeFacts],
-    silent: Mapping[str, str],
+    answers: Answers,
     rooms: Sequence[Room],
 ) -> list[Finding]:
     """Judge the facts of this process's machine and of the nodes of the cluster.
@@ -96,10 +95,11 @@ def examine(
     Args:
         config: the run that is to work.
         here: facts of the driver.
-        others: facts of the nodes that answered.
-        silent: reason of each node that did not, by name.
+        answers: what the nodes said.
         rooms: what Ray says each node offers.
     """
+    others = answers.facts
+    silent = {**answers.failed, **dict.fromkeys(answers.late, "no answer in time")}
     findings = [
         problem(
             "nodes",

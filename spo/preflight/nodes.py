@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -110,12 +110,19 @@ def ask_here(question: Question, node: str, reported_gpus: float) -> NodeFacts:
     )
 
 
-def ask_nodes(question: Question, *, timeout_s: float) -> tuple[list[NodeFacts], dict[str, str]]:
-    """Ask every living node at once.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What the nodes of a cluster said."""
 
-    Returns:
-        The facts of the nodes that answered, and for the others the reason by host name.
-    """
+    facts: tuple[NodeFacts, ...]
+    failed: Mapping[str, str]
+    """Why a node could not answer, by its name."""
+    late: tuple[str, ...]
+    """Nodes that did not answer in time: hung, or only busy."""
+
+
+def ask_nodes(question: Question, *, timeout_s: float) -> Answers:
+    """Ask every living node at once."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -134,28 +141,27 @@ def ask_nodes(question: Question, *, timeout_s: float) -> tuple[list[NodeFacts],
         )
         asked[reference] = f"{node['NodeManagerHostname']} ({node['NodeID'][:6]})"
     ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
-    facts, silent = [], {}
+    facts, failed = [], {}
     for reference in ready:
         try:
             facts.append(ray.get(reference))
         except (ray.exceptions.RayError, ImportError) as error:
-            silent[asked[reference]] = _short(error)
+            failed[asked[reference]] = _short(error)
     for reference in late:
         ray.cancel(reference, force=True)
-        silent[asked[reference]] = f"no answer within {timeout_s:.0f} s"
-    return facts, silent
+    return Answers(
+        facts=tuple(facts), failed=failed, late=tuple(asked[reference] for reference in late)
+    )
 
 
-def check_nodes(
-    here: NodeFacts, others: Sequence[NodeFacts], silent: dict[str, str], *, needs_plugin: bool
-) -> None:
+def check_nodes(here: NodeFacts, answers: Answers, *, needs_plugin: bool) -> None:
     """Raise unless every node runs the same versions as this process, can steer, and shares files.
 
     Raises:
         StageError: names every node and what differs.
     """
-    wrong = [f"{node}: {reason}" for node, reason in silent.items()]
-    for facts in others:
+    wrong = [f"{node}: {reason}" for node, reason in answers.failed.items()]
+    for facts in answers.facts:
         wrong += [f"{facts.node}: {line}" for line in differences(here, facts)]
         if needs_plugin and not (facts.plugin and facts.engine):
             wrong.append(f"{facts.node}: {NO_PLUGIN}")

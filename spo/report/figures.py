@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -76,7 +77,7 @@ def draw_plots(record: RunRecord, more: Mapping[str, PlotKind] | None = None) ->
     """Every plot that the run has figures for, by name; `more` adds kinds of plots."""
     plots: dict[str, Plot] = {}
     for name, (title, description, draw) in {**PLOTS, **(more or {})}.items():
-        images = [_png(record, theme, draw) for theme in (LIGHT, DARK)]
+        images = [painted(theme, partial(draw, record)) for theme in (LIGHT, DARK)]
         if images[0] is not None and images[1] is not None:
             plots[name] = Plot(
                 name=name, title=title, description=description, light=images[0], dark=images[1]
@@ -84,7 +85,8 @@ def draw_plots(record: RunRecord, more: Mapping[str, PlotKind] | None = None) ->
     return plots
 
 
-def _png(record: RunRecord, theme: Theme, draw: Draw) -> bytes | None:
+def painted(theme: Theme, draw: Callable[[Theme], Figure | None]) -> bytes | None:
+    """PNG of a figure that is drawn and saved in a theme's colours; None where there is none."""
     settings = {
         "text.parse_math": False,  # a "$" in a user's own name is no formula
         "font.size": 9.5,
@@ -100,8 +102,7 @@ def _png(record: RunRecord, theme: Theme, draw: Draw) -> bytes | None:
     }
     with mpl.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # odd scripts show as boxes
-        figure = draw(record, theme)
-        if figure is None:
+        if (figure := draw(theme)) is None:
             return None
         buffer = io.BytesIO()
         FigureCanvasAgg(figure).print_png(buffer)

@@ -201,7 +201,10 @@ def test_a_job_starts_what_exists(path: Path) -> None:
     assert commands
     for module, *arguments in commands:
         assert importlib.util.find_spec(module), module
-        assert arguments == ["--config", "/etc/spo/run.yaml"]
+        flag, settings = arguments
+        assert flag == "--config"
+        assert settings.startswith("/etc/spo/")
+        assert all((overlay / Path(settings).name).is_file() for overlay in OVERLAYS)
 
 
 def test_every_command_in_cluster_and_readme_starts_what_exists() -> None:

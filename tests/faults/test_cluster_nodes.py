@@ -132,15 +132,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 def wait_for(condition: Callable[[], bool], *, log: Path, job: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 180
+    end = time.monotonic() + 300
     while not condition():
         assert job.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < end, f"waited 180 s\n{log.read_text()[-3000:]}"
+        assert time.monotonic() < end, f"waited 300 s\n{log.read_text()[-3000:]}"
         time.sleep(0.1)
 
 
 def finish(job: subprocess.Popen[bytes], log: Path) -> str:
-    code = job.wait(timeout=240)
+    code = job.wait(timeout=300)
     assert code == 0, log.read_text()[-4000:]
     return log.read_text()
 

@@ -10,7 +10,7 @@ import pytest
 from spo.config import RunConfig, load_config
 from spo.errors import StageError
 from spo.preflight.doctor import Finding, State, examine, question_of, worst
-from spo.preflight.nodes import NodeFacts, Question, ask_here, check_nodes, marker_in
+from spo.preflight.nodes import Answers, NodeFacts, Question, ask_here, check_nodes, marker_in
 from spo.preflight.placement import Role, Room, bundles_of, check_room, phases_of, place
 
 VERSIONS = {"ray": "2.60.0", "torch": "2.13.0", "transformers": "5.19.0", "spo-vlm": "0.1.0"}
@@ -34,17 +34,21 @@ def change(**facts: object) -> NodeFacts:
     return dataclasses.replace(WELL, **facts)  # type: ignore[arg-type]
 
 
+def said(*facts: NodeFacts, late: tuple[str, ...] = (), **failed: str) -> Answers:
+    return Answers(facts=facts, failed=failed, late=late)
+
+
 def problems(
     config: RunConfig, *facts: NodeFacts, rooms: tuple[Room, ...] = (ROOM,)
 ) -> list[Finding]:
-    found = examine(config, WELL, facts, {}, rooms)
+    found = examine(config, WELL, said(*facts), rooms)
     return [finding for finding in found if finding.state is State.PROBLEM]
 
 
 def test_a_well_cluster_has_no_problem() -> None:
     config = load_config(None, ON_GPU)
     assert problems(config, WELL, change(node="gpu-2")) == []
-    assert worst(examine(config, WELL, [WELL], {}, [ROOM])) is State.GOOD
+    assert worst(examine(config, WELL, said(WELL), [ROOM])) is State.GOOD
 
 
 @pytest.mark.parametrize(
@@ -79,15 +83,15 @@ def test_a_planted_fault_is_found_alone_and_has_a_mend(
 
 def test_a_silent_node_and_missing_room_are_problems() -> None:
     config = load_config(None, ["engine.num_gpus=2"])
-    found = examine(config, WELL, [WELL], {"gpu-9": "no answer within 180 s"}, [ROOM])
+    found = examine(config, WELL, said(WELL, late=("gpu-9",)), [ROOM])
     bad = {finding.check: finding for finding in found if finding.state is State.PROBLEM}
     assert bad.keys() == {"nodes", "room"}
-    assert "gpu-9: no answer" in bad["nodes"].found
+    assert "gpu-9: no answer in time" in bad["nodes"].found
     assert "lower engine.replicas or engine.num_gpus" in bad["room"].found
 
 
 def test_a_card_that_nobody_uses_is_worth_a_look() -> None:
-    found = examine(RunConfig(), WELL, [WELL], {}, [ROOM])
+    found = examine(RunConfig(), WELL, said(WELL), [ROOM])
     (finding,) = [finding for finding in found if finding.state is State.WARNING]
     assert finding.mend == "set engine.num_gpus=1 extract.num_gpus=1 learn.use_gpu=true"
 
@@ -140,21 +144,22 @@ def test_this_machine_answers_for_itself(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_nodes_that_do_not_fit_are_named() -> None:
-    check_nodes(WELL, [WELL, change(node="gpu-2", python="3.11.9")], {}, needs_plugin=True)
-    check_nodes(WELL, [change(plugin=False)], {}, needs_plugin=False)
+    patch = change(node="gpu-2", python="3.11.9")
+    check_nodes(WELL, said(WELL, patch, late=("busy",)), needs_plugin=True)
+    check_nodes(WELL, said(change(plugin=False)), needs_plugin=False)
     bad = [
         change(node="a", versions=VERSIONS | {"torch": "2.11.0"}),
         change(node="b", plugin=False),
         change(node="c", sees_marker=False),
     ]
     with pytest.raises(StageError) as caught:
-        check_nodes(WELL, bad, {"d": "no answer within 25 s"}, needs_plugin=True)
+        check_nodes(WELL, said(*bad, d="No module named 'spo'"), needs_plugin=True)
     text = str(caught.value)
     for words in (
         "a: torch is 2.11.0, this job has 2.13.0",
         "b: vLLM is not installed, or the steering plugin is not registered",
         "c: it does not see the run folder",
-        "d: no answer within 25 s",
+        "d: No module named 'spo'",
         "jobs.doctor",
     ):
         assert words in text

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from spo.errors import DataError, StageError
-from spo.evaluation import load_report, save_report
+from spo.evaluation import load_report, save_report, shown_conditions
 from spo.records import EvaluatedAnswer, EvaluationCell, EvaluationReport, Interval
 from spo.report import write_report
 from spo.report.answers import VEIL_FROM, attack_pictures, card_groups, open_picture
