@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from spo.errors import ConfigError
 from spo.records import Operator, Positions
+from spo.serve_config import ServeConfig
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -241,6 +242,7 @@ class RunConfig(_Slice):
     reward: RewardConfig = RewardConfig()
     learn: LearnConfig = LearnConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
     ray: RayConfig = RayConfig()
 
     @property
@@ -256,7 +258,7 @@ class RunConfig(_Slice):
     @property
     def digest(self) -> str:
         """Digest of everything that changes results; output folders and Ray address do not."""
-        content = self.model_dump(mode="json", exclude={"output_dir", "cache_dir", "ray", "name"})
+        content = self.model_dump(mode="json", exclude={"output_dir", "cache_dir", "ray", "serve", "name"})
         return _digest(content)
 
     def digest_of(self, *sections: str, also: str = "") -> str:

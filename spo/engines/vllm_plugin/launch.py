@@ -46,14 +46,8 @@ class VllmSettings:
     """Further arguments of `vllm.LLM`, e.g. {"load_format": "dummy"}."""
 
 
-def start_llm(
-    model: str, revision: str | None, settings: VllmSettings, config: PluginConfig | None
-) -> Any:
-    """A `vllm.LLM`; with `config` its workers can steer, without it is plain vLLM.
-
-    Raises:
-        EngineError: vLLM does not start; the cause is in its log above.
-    """
+def llm_options(settings: VllmSettings, config: PluginConfig | None) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` and of vLLM's `AsyncEngineArgs` alike."""
     options: dict[str, Any] = {
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
@@ -70,6 +64,18 @@ def start_llm(
         options["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * _GIB)
     if settings.gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    return {**options, **settings.engine_options}
+
+
+def start_llm(
+    model: str, revision: str | None, settings: VllmSettings, config: PluginConfig | None
+) -> Any:
+    """A `vllm.LLM`; with `config` its workers can steer, without it is plain vLLM.
+
+    Raises:
+        EngineError: vLLM does not start; the cause is in its log above.
+    """
+    options = llm_options(settings, config)
     inside = settings.in_process
     if inside is None:
         inside = on_cpu() and settings.tensor_parallel_size == 1
@@ -79,7 +85,7 @@ def start_llm(
 
     try:
         with _multiprocessing(not inside):
-            return LLM(model, revision=revision, **{**options, **settings.engine_options})
+            return LLM(model, revision=revision, **options)
     except (RuntimeError, ValueError, OSError) as error:
         raise EngineError(
             f"vLLM cannot start {model!r}: {error}. Its own log above names the cause"
