@@ -258,7 +258,9 @@ class RunConfig(_Slice):
     @property
     def digest(self) -> str:
         """Digest of everything that changes results; output folders and Ray address do not."""
-        content = self.model_dump(mode="json", exclude={"output_dir", "cache_dir", "ray", "serve", "name"})
+        content = self.model_dump(
+            mode="json", exclude={"output_dir", "cache_dir", "ray", "serve", "name"}
+        )
         return _digest(content)
 
     def digest_of(self, *sections: str, also: str = "") -> str:

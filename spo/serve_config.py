@@ -1,4 +1,4 @@
-"""Configuration of the endpoint: `RunConfig.serve`. A part of `spo.config`, in a file of its own."""
+"""Configuration of the endpoint: `RunConfig.serve`. A part of `spo.config`."""
 
 from __future__ import annotations
 

@@ -96,6 +96,11 @@ class ChatEngine(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
+    @property
+    def dead(self) -> bool:
+        """Whether the engine's own process is gone, so that only a new engine helps."""
+        ...
+
     async def publish(self, name: str, vector: SteeringVector, version: int) -> str:
         """Install a vector; see `Sampler.publish`."""
         ...
@@ -140,6 +145,10 @@ class PlainChatEngine:
     @property
     def info(self) -> EngineInfo:
         return self._engine.info
+
+    @property
+    def dead(self) -> bool:
+        return False
 
     async def publish(self, name: str, vector: SteeringVector, version: int) -> str:
         async with self._turn:

@@ -20,6 +20,7 @@ from spo.engines.processing import PromptProcessor
 from spo.engines.vllm_plugin import canary
 from spo.engines.vllm_plugin.desk import Binding, Seen, SteeringDesk
 from spo.engines.vllm_plugin.launch import VllmSettings, llm_options
+from spo.engines.vllm_plugin.mail import ReceiptMail
 from spo.engines.vllm_plugin.wire import REQUEST_KEY, PluginConfig, cache_salt, op_version
 from spo.errors import DataError, EngineError, SteeringError
 from spo.records import FinishReason, SteeringReceipt, SteeringSpec
@@ -54,7 +55,7 @@ class VllmChatEngine:
         self.settings = settings
         self._interval = stream_interval_s
         self._progress = time.monotonic()
-        self._receipts = _ReceiptMail(llm)
+        self._receipts = ReceiptMail(llm)
         self._info: EngineInfo | None = None
         self.canary: dict[str, float] = {}
 
@@ -107,6 +108,10 @@ class VllmChatEngine:
     def info(self) -> EngineInfo:
         assert self._info is not None, "set by start"
         return self._info
+
+    @property
+    def dead(self) -> bool:
+        return bool(self.llm.errored)
 
     async def publish(self, name: str, vector: SteeringVector, version: int) -> str:
         if name == canary.NAME:
@@ -275,7 +280,7 @@ class VllmChatEngine:
     async def check(self, timeout_s: float) -> None:
         from vllm import SamplingParams
 
-        if self.llm.errored:
+        if self.dead:
             raise EngineError("vLLM's engine process died; its log has the cause")
         begin = time.monotonic()
         prompt = await self._preprocessed(self._canary_entry(None))
@@ -357,11 +362,10 @@ class VllmChatEngine:
             prompt = await self._preprocessed(self._canary_entry(bindings[0]))
             if spec:
                 params.extra_args = {REQUEST_KEY: bindings[0].wire()}
-            async for output in self.llm.generate(prompt, params, bindings[0].key):
-                answer = output.outputs[0]
-            await self._confirm(
-                bindings[0], output.prompt_token_ids, len(answer.token_ids), output
-            )
+            run = self.llm.generate(prompt, params, bindings[0].key)
+            (output,) = [output async for output in run]
+            answer = output.outputs[0]
+            await self._confirm(bindings[0], output.prompt_token_ids, len(answer.token_ids), output)
         finally:
             self.desk.release(bindings)
         return [
@@ -380,45 +384,3 @@ class VllmChatEngine:
             return await asyncio.to_thread(canary.run_canary, probe, self.desk.config.operators)
         finally:
             self.desk.retire(canary.NAME)
-
-
-class _ReceiptMail:
-    """Fetches receipts from the workers; those asked for while a call is out go with the next."""
-
-    def __init__(self, llm: Any) -> None:
-        self._llm = llm
-        self._waiting: dict[bool, dict[str, asyncio.Future[list[dict[str, Any]]]]] = {
-            False: {},
-            True: {},
-        }
-        self._courier: asyncio.Task[None] | None = None
-
-    async def fetch(self, key: str, keep: bool) -> list[dict[str, Any]]:
-        """One request's account, from every rank."""
-        future = self._waiting[keep][key] = asyncio.get_running_loop().create_future()
-        if self._courier is None or self._courier.done():
-            self._courier = asyncio.create_task(self._deliver())
-        return await future
-
-    async def _deliver(self) -> None:
-        while any(self._waiting.values()):
-            for keep in (False, True):
-                batch, self._waiting[keep] = self._waiting[keep], {}
-                if batch:
-                    await self._call(batch, keep)
-
-    async def _call(
-        self, batch: dict[str, asyncio.Future[list[dict[str, Any]]]], keep: bool
-    ) -> None:
-        try:
-            texts = await self._llm.collective_rpc("spo_receipts", args=(list(batch), keep))
-        except Exception as error:  # noqa: BLE001 every waiting request must hear of it
-            reason = SteeringError(f"the workers gave no receipts: {error}; the answer was dropped")
-            for future in batch.values():
-                if not future.done():
-                    future.set_exception(reason)
-            return
-        ranks = [json.loads(text) for text in texts]
-        for place, future in enumerate(batch.values()):
-            if not future.done():
-                future.set_result([rank[place] for rank in ranks])

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from spo.artifact import SteeringArtifact
 from spo.engines.chat import ChatAnswer, ChatDelta, ChatEngine, ChatRequest
 from spo.errors import SteeringError
+from spo.records import SteeringSpec
 from spo.serving.registry import Version
 
 _LOG = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class EngineHost:
         self.engine = engine
         self._fetch = fetch
         self._publishing = asyncio.Lock()
+        self._proven: set[tuple[str, int]] = set()
 
     async def prepare(self, versions: Iterable[Version]) -> None:
         """Publish and prove versions; SteeringError names the first that does nothing."""
@@ -57,12 +59,12 @@ class EngineHost:
 
     async def _ensure_for(self, request: ChatRequest) -> None:
         spec = request.steering
-        if spec is not None and not self.engine.holds(spec.vector, spec.version):
+        if spec is not None and not self._ready(spec.vector, spec.version):
             await self._ensure(spec.vector, spec.version, request.sha256)
 
     async def _ensure(self, name: str, number: int, sha256: str) -> None:
         async with self._publishing:
-            if self.engine.holds(name, number):
+            if self._ready(name, number):
                 return
             artifact = await self._fetch(name, number)
             if artifact.vector.sha256 != sha256:
@@ -71,24 +73,24 @@ class EngineHost:
                     f"{number}, the request wants {sha256[:12]}; nothing was generated"
                 )
             await self.engine.publish(name, artifact.vector, number)
-        version = Version(
-            name=name,
-            number=number,
-            sha256=sha256,
-            coefficient=artifact.coefficient,
-            operator=artifact.operator,
-            positions=artifact.positions,
-            largest_dose=0.0,
-            layers=artifact.vector.layers,
-            method=artifact.method,
-        )
-        effect = await self.engine.effect(version.spec())
-        if not effect > _EFFECT:
-            raise SteeringError(
-                f"vector {name!r} version {number} changes nothing in this engine (largest change "
-                f"of a log-probability {effect:.2g}); it was not put into service"
+            spec = SteeringSpec(
+                vector=name,
+                version=number,
+                coefficient=artifact.coefficient,
+                operator=artifact.operator,
+                positions=artifact.positions,
             )
-        _LOG.info("vector %s version %d is live here, effect %.3g", name, number, effect)
+            effect = await self.engine.effect(spec)
+            if not effect > _EFFECT:
+                raise SteeringError(
+                    f"vector {name!r} version {number} changes nothing in this engine (largest "
+                    f"change of a log-probability {effect:.2g}); it was not put into service"
+                )
+            self._proven.add((name, number))
+            _LOG.info("vector %s version %d is live here, effect %.3g", name, number, effect)
+
+    def _ready(self, name: str, number: int) -> bool:
+        return (name, number) in self._proven and self.engine.holds(name, number)
 
 
 def check_receipt(request: ChatRequest, answer: ChatAnswer) -> None:

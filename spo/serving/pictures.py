@@ -1,7 +1,7 @@
 """Pictures that strangers send: bounded, decoded, and fetched only from hosts on a list.
 
 Bytes are untrusted. The format and the size in the header are looked at before anything is
-decoded; an animated picture gives its first frame; EXIF rotation is applied; every mode becomes RGB.
+decoded; an animated picture gives its first frame, EXIF rotation is applied, all modes become RGB.
 """
 
 from __future__ import annotations

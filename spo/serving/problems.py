@@ -33,9 +33,7 @@ class Problem(_Problem):
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
             self.status, "invalid_request_error" if self.status < 500 else "server_error"
         )
-        return {
-            "error": {"message": self.message, "type": kind, "param": None, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         """Headers that go with it."""
