@@ -6,18 +6,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 
 from spo.errors import ArtifactError, ConfigError, SpoError, SteeringError
 from spo.serving import keys
+from spo.serving.callers import Caller, Manager
 from spo.serving.chat_route import ERRORS, as_problem, chat_route
 from spo.serving.limits import BodyLimit, SecurityHeaders
 from spo.serving.problems import Problem
@@ -26,8 +26,6 @@ from spo.serving.service import Service
 from spo.serving.watch import Meter
 
 _PAGE = Path(__file__).with_name("playground.html")
-_bearer = HTTPBearer(auto_error=False, description="An API key of this server")
-Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
 def build_app(service: Service, ring: keys.KeyRing, meter: Meter) -> FastAPI:
@@ -44,28 +42,11 @@ def build_app(service: Service, ring: keys.KeyRing, meter: Meter) -> FastAPI:
     app.add_middleware(SecurityHeaders)
     _handle_errors(app)
 
-    def caller(credentials: Credentials) -> keys.Key:
-        if credentials is None:
-            key = ring.find("")
-        else:
-            key = ring.find(f"{credentials.scheme} {credentials.credentials}")
-        if key is None:
-            raise Problem(
-                401,
-                "invalid_api_key",
-                "expected `Authorization: Bearer KEY`, a key of this server",
-            )
-        return key
-
-    def manager(key: Annotated[keys.Key, Depends(caller)]) -> keys.Key:
-        if keys.Scope.MANAGE not in key.scopes:
-            raise Problem(403, "not_allowed", "this key has no scope 'manage'")
-        return key
-
+    app.state.ring = ring
     _health_routes(app, service)
-    _model_routes(app, service, caller)
-    _vector_routes(app, service, caller, manager)
-    chat_route(app, service, caller, meter)
+    _model_routes(app, service)
+    _vector_routes(app, service)
+    chat_route(app, service, meter)
     return app
 
 
@@ -119,7 +100,7 @@ def _health_routes(app: FastAPI, service: Service) -> None:
         return {"status": "ready"}
 
 
-def _model_routes(app: FastAPI, service: Service, caller: Callable[..., keys.Key]) -> None:
+def _model_routes(app: FastAPI, service: Service) -> None:
     def described(name: str) -> dict[str, Any]:
         _, _, vector = name.partition(":")
         entry = service.backend.snapshot.entries.get(vector)
@@ -136,24 +117,19 @@ def _model_routes(app: FastAPI, service: Service, caller: Callable[..., keys.Key
         return {status: ERRORS[status] for status in statuses}
 
     @app.get("/v1/models", responses=refusals(401))
-    async def list_models(key: Annotated[keys.Key, Depends(caller)]) -> dict[str, Any]:
+    async def list_models(key: Caller) -> dict[str, Any]:
         """The unsteered model, if the key may ask for it, and one model for each vector."""
         return {"object": "list", "data": [described(name) for name in service.models(key)]}
 
     @app.get("/v1/models/{name:path}", responses=refusals(400, 401, 404))
-    async def get_model(name: str, key: Annotated[keys.Key, Depends(caller)]) -> dict[str, Any]:
+    async def get_model(name: str, key: Caller) -> dict[str, Any]:
         """One model."""
         if name not in service.models(key):
             raise Problem(404, "model_not_found", f"there are {service.models(key)}")
         return described(name)
 
 
-def _vector_routes(
-    app: FastAPI,
-    service: Service,
-    caller: Callable[..., keys.Key],
-    manager: Callable[..., keys.Key],
-) -> None:
+def _vector_routes(app: FastAPI, service: Service) -> None:
     backend = service.backend
 
     async def changed(change: Awaitable[Any]) -> dict[str, Any]:
@@ -166,29 +142,23 @@ def _vector_routes(
         return {status: ERRORS[status] for status in (400, 401, *statuses)}
 
     @app.get("/v1/steering/vectors", responses=refusals())
-    async def list_vectors(_: Annotated[keys.Key, Depends(caller)]) -> dict[str, Any]:
+    async def list_vectors(_: Caller) -> dict[str, Any]:
         """Every vector with its versions and what is live."""
         return vectors_json(backend.snapshot)
 
     @app.post("/v1/steering/vectors", responses=refusals(403, 409, 413, 503))
-    async def load_vector(
-        body: LoadRequest, _: Annotated[keys.Key, Depends(manager)]
-    ) -> dict[str, Any]:
+    async def load_vector(body: LoadRequest, _: Manager) -> dict[str, Any]:
         """Load an artifact as the next version; live at once, or for a share of requests."""
         folder = _artifact_folder(service, body.artifact)
         return await changed(backend.load(body.name, folder, body.canary_share))
 
     @app.post("/v1/steering/vectors/{name}/rollback", responses=refusals(403, 409, 413, 503))
-    async def roll_back(
-        name: str, body: RollbackRequest, _: Annotated[keys.Key, Depends(manager)]
-    ) -> dict[str, Any]:
+    async def roll_back(name: str, body: RollbackRequest, _: Manager) -> dict[str, Any]:
         """End a trial, or make an earlier version live again."""
         return await changed(backend.rollback(name, body.version))
 
     @app.delete("/v1/steering/vectors/{name}", responses=refusals(403, 409, 503))
-    async def unload_vector(
-        name: str, _: Annotated[keys.Key, Depends(manager)], version: int | None = None
-    ) -> dict[str, Any]:
+    async def unload_vector(name: str, _: Manager, version: int | None = None) -> dict[str, Any]:
         """Forget a vector, or one version that is not in use."""
         return await changed(backend.unload(name, version))
 

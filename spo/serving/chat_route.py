@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, FastAPI, Response
+from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from spo.engines.chat import ChatAnswer, ChatDelta
 from spo.errors import DataError, SpoError, SteeringError
-from spo.serving import keys
+from spo.serving.callers import Caller
+from spo.serving.keys import Key
 from spo.serving.problems import Problem
 from spo.serving.schema import (
     ChatCompletionRequest,
@@ -82,17 +83,13 @@ def as_problem(error: Exception) -> Problem:
     return Problem(503, "engine_unavailable", message, retry_after_s=2)
 
 
-def chat_route(
-    app: FastAPI, service: Service, caller: Callable[..., keys.Key], meter: Meter
-) -> None:
+def chat_route(app: FastAPI, service: Service, meter: Meter) -> None:
     """Add the route to the application."""
     admission = Admission(service.config.max_in_flight, service.config.max_per_key)
     statuses = (400, 401, 403, 404, 413, 429, 503, 504)
 
     @app.post("/v1/chat/completions", responses={s: ERRORS[s] for s in statuses})
-    async def chat(
-        body: ChatCompletionRequest, key: Annotated[keys.Key, Depends(caller)]
-    ) -> Response:
+    async def chat(body: ChatCompletionRequest, key: Caller) -> Response:
         """Answer a conversation, steered as the model's name and `steering` say, or refuse."""
         visit = _Visit(service, meter, admission, key)
         return await visit.answer(body)
@@ -101,7 +98,7 @@ def chat_route(
 class _Visit:
     """One chat request from admission to its log line."""
 
-    def __init__(self, service: Service, meter: Meter, admission: Admission, key: keys.Key) -> None:
+    def __init__(self, service: Service, meter: Meter, admission: Admission, key: Key) -> None:
         self._service = service
         self._meter = meter
         self._admission = admission
