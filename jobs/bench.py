@@ -21,7 +21,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     engine = kinds.add_parser("engine", help="throughput of the steered engine")
-    engine.add_argument("--preset", default="tiny", choices=("tiny", "h200"))
+    engine.add_argument(
+        "--preset", default="tiny", choices=("tiny", "tiny-tp2", "h200", "h200-tp2")
+    )
+    engine.add_argument(
+        "--engines", help="comma-separated: plain, and the operator's forms kernel, traced"
+    )
     engine.add_argument("--output", type=Path, default=Path("runs/bench-engine"))
     engine.add_argument("--time-limit", type=float, default=480.0, metavar="SECONDS")
     engine.add_argument("--repeats", type=int, default=1)
@@ -31,7 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         result = run(
-            chosen.preset, chosen.output, time_limit=chosen.time_limit, repeats=chosen.repeats
+            chosen.preset,
+            chosen.output,
+            time_limit=chosen.time_limit,
+            repeats=chosen.repeats,
+            engines=chosen.engines.split(",") if chosen.engines else None,
         )
     except SpoError as error:
         print(f"error: {error}; engine logs are in {chosen.output}", file=sys.stderr)

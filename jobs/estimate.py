@@ -1,6 +1,6 @@
 """Stage I, second half: the adaptive, layer-specific vector from extracted activations.
 
-python -m jobs.estimate --config tune_configs/testbed.yaml
+python -m jobs.estimate --config tune_configs/testbed.yaml [--leave-one-out]
 """
 
 from __future__ import annotations
@@ -11,15 +11,25 @@ from jobs import command
 from spo.config import RunConfig
 
 
-def _run(_: argparse.Namespace, config: RunConfig) -> None:
-    from spo.pipeline import STAGE1, prepare, run_estimate
+def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
+    from spo.pipeline import prepare
     from spo.progress import ConsoleReporter
     from spo.report import write_report
+    from spo.stage1 import STAGE1, run_estimate, run_leave_one_out
 
     prepare(config)
-    run_estimate(config, ConsoleReporter())
+    reporter = ConsoleReporter()
+    run_estimate(config, reporter)
+    if arguments.leave_one_out:
+        print(run_leave_one_out(config, reporter))
     print(f"vector: {config.run_dir / STAGE1}\nreport: {write_report(config.run_dir)}")
 
 
 if __name__ == "__main__":
-    command.main(command.parser(__doc__ or ""), _run)
+    made = command.parser(__doc__ or "")
+    made.add_argument(
+        "--leave-one-out",
+        action="store_true",
+        help="also test the others' directions on each source that they never saw",
+    )
+    command.main(made, _run)

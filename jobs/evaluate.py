@@ -12,8 +12,9 @@ from spo.config import RunConfig
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
-    from spo.pipeline import Pools, prepare, run_evaluate
+    from spo.pipeline import prepare, run_evaluate
     from spo.progress import ConsoleReporter
+    from spo.refine import Pools
     from spo.report import write_report
 
     prepare(config)

@@ -12,8 +12,9 @@ from spo.config import RunConfig
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
-    from spo.pipeline import prepare, run_extract
+    from spo.pipeline import prepare
     from spo.progress import ConsoleReporter
+    from spo.stage1 import run_extract
 
     prepare(config)
     with command.cluster(config):

@@ -14,8 +14,9 @@ from spo.config import RunConfig
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
-    from spo.pipeline import SPO, Pools, prepare, run_train
+    from spo.pipeline import prepare
     from spo.progress import ConsoleReporter
+    from spo.refine import SPO, Pools, run_train
 
     prepare(config)
     reporter = ConsoleReporter()

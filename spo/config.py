@@ -10,24 +10,63 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
+from spo.config_base import Fraction, Positive, Slice
+from spo.config_datasets import (
+    DatasetConfig,
+)
+from spo.config_serve import ServeConfig
+from spo.config_stage1 import (
+    AdversarialSource,
+    AttributionSource,
+    ContinuationSource,
+    EstimateConfig,
+    ExtractConfig,
+    FileSource,
+    InstructionSource,
+    SourceConfig,
+    TypographicSource,
+)
+from spo.config_stage2 import (
+    EngineConfig,
+    LearnConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from spo.errors import ConfigError
 from spo.records import Operator, Positions
-from spo.serve_config import ServeConfig
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+__all__ = [
+    "AdversarialSource",
+    "AttackConfig",
+    "AttributionSource",
+    "ContinuationSource",
+    "DataConfig",
+    "DatasetConfig",
+    "EngineConfig",
+    "EstimateConfig",
+    "EvaluateConfig",
+    "ExtractConfig",
+    "FileSource",
+    "InstructionSource",
+    "LearnConfig",
+    "ModelConfig",
+    "RayConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SourceConfig",
+    "SteeringConfig",
+    "TypographicSource",
+    "load_config",
+]
 
 
-class _Slice(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelConfig(_Slice):
+class ModelConfig(Slice):
     """The frozen model."""
 
     id: str = "testbed"
@@ -35,7 +74,7 @@ class ModelConfig(_Slice):
     revision: str | None = None
 
 
-class DataConfig(_Slice):
+class DataConfig(Slice):
     """Prompts of the preference stage and of the evaluation."""
 
     train: str = "testbed"
@@ -48,57 +87,7 @@ class DataConfig(_Slice):
     """Share of the testbed's harmful prompts that come with a picture."""
 
 
-class SourceConfig(_Slice):
-    """One contrast of Stage I."""
-
-    kind: Literal["continuation", "instruction", "typographic", "file"]
-    """`continuation`: toxic against clean text; `instruction`: harmful against harmless openings;
-    `typographic`: the words in the picture against a plain picture; `file`: your own pairs."""
-    rows: Positive = 300
-    """Rows on each side."""
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    path: Path | None = None
-    """JSONL with fields id, text, side ("harm" or "safe"), and optionally image; for `file`."""
-
-    @model_validator(mode="after")
-    def _path_fits_kind(self) -> SourceConfig:
-        if (self.kind == "file") != (self.path is not None):
-            raise ValueError("'path' goes with kind 'file' and with no other kind")
-        return self
-
-
-class ExtractConfig(_Slice):
-    """Activation extraction with Ray Data."""
-
-    sources: tuple[SourceConfig, ...] = (
-        SourceConfig(kind="continuation"),
-        SourceConfig(kind="instruction"),
-        SourceConfig(kind="typographic", rows=100),
-    )
-    calibration_rows: Positive = 64
-    """Benign generations behind the calibration activation h0 and the mean norms."""
-    layers: tuple[int, ...] | None = None
-    """Decoder blocks to read; None reads all."""
-    workers: Positive = 1
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPU share of each worker; 0 runs on the CPU."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    batch_size: Positive = 32
-
-
-class EstimateConfig(_Slice):
-    """Stage I: from activations to a vector."""
-
-    method: Literal["mean_difference"] = "mean_difference"
-    layers: tuple[int, ...] | None = None
-    """Steered blocks; None chooses the `num_layers` with the best held-out separability."""
-    num_layers: Positive = 5
-    depth_window: tuple[Fraction, Fraction] = (0.25, 0.75)
-    """Share of the model's depth in which layers are chosen automatically."""
-    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
-
-
-class SteeringConfig(_Slice):
+class SteeringConfig(Slice):
     """How the vector is applied, in training, evaluation and serving alike."""
 
     operator: Operator = Operator.ADD
@@ -107,83 +96,7 @@ class SteeringConfig(_Slice):
     """With `add`: dose of each layer relative to its mean hidden norm, at full layer weight."""
 
 
-class EngineConfig(_Slice):
-    """Rollout engines."""
-
-    backend: Literal["vllm", "hf", "fake"] = "vllm"
-    replicas: Positive = 1
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    max_model_len: Positive = 2048
-    """Longest prompt and answer, picture tokens included."""
-    max_num_seqs: Positive = 64
-    memory_gib: Annotated[float, Field(gt=0)] = 2.0
-    """Cache memory of the engine on a CPU; on a GPU see `gpu_memory_utilization`."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.55
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPU share of each replica in Ray; 0 runs on the CPU."""
-    start_timeout_s: Positive = 600
-    request_timeout_s: Positive = 600
-
-
-class RolloutConfig(_Slice):
-    """What each training step samples."""
-
-    harm_prompts: Positive = 16
-    """Harmful prompts per step."""
-    benign_prompts: Annotated[int, Field(ge=0)] = 4
-    group_size: Annotated[int, Field(ge=2)] = 4
-    """Samples per prompt."""
-    max_tokens: Positive = 24
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-
-class RewardConfig(_Slice):
-    """Weights of the reward; the formula is in `spo.algorithms.rewards`."""
-
-    toxicity_model: str = "testbed"
-    """"testbed", a Detoxify model name ("original", "unbiased", ...), or a local checkpoint."""
-    alignment_model: str = "testbed"
-    """"testbed", or an open_clip "MODEL:PRETRAINED" pair."""
-    toxicity_weight: Annotated[float, Field(ge=0)] = 1.0
-    alignment_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Counts only on benign prompts with a picture."""
-    degeneration_weight: Annotated[float, Field(ge=0)] = 0.5
-    refusal_penalty: Annotated[float, Field(ge=0)] = 0.5
-    """Taken off when a benign prompt is answered by a refusal or by nothing."""
-    replicas: Positive = 1
-    timeout_s: Positive = 300
-
-
-class LearnConfig(_Slice):
-    """Stage II."""
-
-    objective: Literal["dpo", "rloo"] = "rloo"
-    steps: Positive = 20
-    learning_rate: Annotated[float, Field(gt=0)] = 0.1
-    """About how far one step moves a layer's vector, relative to the mean hidden norm."""
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    """Inverse temperature of `dpo`."""
-    margin: Annotated[float, Field(ge=0)] = 0.05
-    """Smallest reward gap of a preference pair; groups below it carry no information."""
-    kl_weight: Annotated[float, Field(ge=0)] = 0.5
-    """Weight of KL(steered || unsteered) per token on benign prompts: guards utility."""
-    kl_weight_harm: Annotated[float, Field(ge=0)] = 0.1
-    """The same on harmful prompts: guards fluency."""
-    max_dose: Annotated[float, Field(gt=0)] = 2.0
-    """Cap on each layer's |v| relative to the layer's mean hidden norm."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    micro_batch: Positive = 16
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    workers: Positive = 1
-    """Ray Train workers; each learns from its share of a batch's groups."""
-    use_gpu: bool = False
-    num_gpus: Annotated[float, Field(gt=0)] = 1.0
-    """GPU share of each worker, with `use_gpu`; below 1 it shares a card with an engine."""
-    max_failures: Annotated[int, Field(ge=0)] = 2
-
-
-class AttackConfig(_Slice):
+class AttackConfig(Slice):
     """White-box PGD on the picture (universal: one picture for all prompts)."""
 
     enabled: bool = True
@@ -200,7 +113,7 @@ class AttackConfig(_Slice):
     """Target sentences, one a line; the testbed has its own."""
 
 
-class EvaluateConfig(_Slice):
+class EvaluateConfig(Slice):
     """Evaluation."""
 
     judge: str = "testbed"
@@ -215,7 +128,7 @@ class EvaluateConfig(_Slice):
     attack: AttackConfig = AttackConfig()
 
 
-class RayConfig(_Slice):
+class RayConfig(Slice):
     """The Ray cluster."""
 
     address: str | None = None
@@ -225,7 +138,7 @@ class RayConfig(_Slice):
     namespace: str = "spo"
 
 
-class RunConfig(_Slice):
+class RunConfig(Slice):
     """Everything one run needs. Saved, resolved, beside every output."""
 
     name: str = "testbed"

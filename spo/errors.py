@@ -30,6 +30,10 @@ class SteeringError(EngineError):
     """Steering was asked for and cannot be shown to be on: never answer unsteered instead."""
 
 
+class UnpublishedError(SteeringError):
+    """The engine does not hold the named version of a vector; publishing it heals that."""
+
+
 class ScorerError(SpoError, RuntimeError):
     """A reward model or a judge gave no usable score."""
 

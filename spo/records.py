@@ -215,6 +215,11 @@ class Batch:
 
     step: int
     groups: tuple[tuple[ScoredRollout, ...], ...]
+    staleness: tuple[int, ...] = ()
+    """Of each group: how many steps older than the learner's vector the sampling vector was."""
+    engine_logprobs: Mapping[str, float] = field(default_factory=dict)
+    """By request id: log-probability of some answers under the learner's own vector, as the engine
+    computes it; the learner compares."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Counted reasons for groups or rollouts that did not make it, e.g. {"reward failed": 1}."""
 

@@ -22,9 +22,8 @@ from spo.config import (
 from spo.engines.processing import undecodable
 from spo.errors import ConfigError, DataError
 from spo.evaluation import Judge, PromptSet
-from spo.prompts import read_contrast, read_prompts
-from spo.records import Positions, Prompt, PromptKind, QuarantinedRow, Side
-from spo.stages.extract import CALIBRATION, ContrastRow
+from spo.prompts import read_prompts
+from spo.records import Prompt, PromptKind, QuarantinedRow
 
 TESTBED = "testbed"
 _CHECK = Callable[[Prompt, str], Mapping[str, float]]
@@ -93,54 +92,6 @@ def open_judge(config: EvaluateConfig) -> Judge:
     from spo.scorers.toxicity import EMBEDDED_JUDGE, load_judge
 
     return load_judge(EMBEDDED_JUDGE if config.judge == TESTBED else config.judge)
-
-
-def contrast_rows(config: RunConfig) -> tuple[list[ContrastRow], list[QuarantinedRow]]:
-    """Every row that Stage I reads: all sources, and the calibration generations."""
-    from spo.testbed import data
-
-    names = [source.path.stem if source.path else source.kind for source in config.extract.sources]
-    if len(set(names)) < len(names) or CALIBRATION in names:
-        raise ConfigError(
-            f"extract.sources need different names other than {CALIBRATION!r}, got {names}; "
-            "a file's source is named after the file: rename it"
-        )
-    rows: list[ContrastRow] = []
-    bad: list[QuarantinedRow] = []
-    for number, source in enumerate(config.extract.sources):
-        if source.path is not None:
-            found, unusable = read_contrast(source.path)
-            bad += unusable
-            rows += [
-                ContrastRow(
-                    source=source.path.stem, side=side, prompt=prompt, positions=Positions.TEXT
-                )
-                for side, prompt in _first_rows(found, source.rows)
-            ]
-        else:
-            rows += [
-                ContrastRow(source=source.kind, side=side, prompt=prompt, positions=positions)
-                for side, prompt, positions in data.contrast(
-                    source.kind, source.rows, config.cache, config.seed + number
-                )
-            ]
-    for prompt in data.calibration_prompts(
-        config.cache, count=config.extract.calibration_rows, seed=config.seed
-    ):
-        rows.append(
-            ContrastRow(
-                source=CALIBRATION, side=Side.SAFE, prompt=prompt, positions=Positions.GENERATED
-            )
-        )
-    return rows, bad
-
-
-def source_weights(config: RunConfig) -> dict[str, float]:
-    """Weight of each source, by the name that its rows carry."""
-    return {
-        source.path.stem if source.path else source.kind: source.weight
-        for source in config.extract.sources
-    }
 
 
 def training_prompts(
@@ -237,11 +188,6 @@ def _decodable(prompts: list[Prompt]) -> tuple[list[Prompt], list[QuarantinedRow
         if prompt.image in reasons
     ]
     return good, bad
-
-
-def _first_rows(rows: list[tuple[Side, Prompt]], count: int) -> list[tuple[Side, Prompt]]:
-    """The first `count` rows of each side."""
-    return [row for side in Side for row in [r for r in rows if r[0] is side][:count]]
 
 
 def _target_lines(config: AttackConfig) -> tuple[str, ...]:

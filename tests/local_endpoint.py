@@ -9,10 +9,10 @@ import torch
 from fastapi import FastAPI
 
 from spo.artifact import SteeringArtifact
+from spo.config_serve import ServeConfig
 from spo.engines.chat import ChatAnswer, ChatDelta, ChatRequest, PlainChatEngine
 from spo.engines.fake import FakeEngine
 from spo.records import Operator, Positions
-from spo.serve_config import ServeConfig
 from spo.serving.app import build_app
 from spo.serving.host import EngineHost
 from spo.serving.keys import Key, KeyRing, Scope, hash_secret
@@ -52,7 +52,7 @@ class LocalBackend:
 
     def __init__(self, folder: Path, config: ServeConfig) -> None:
         self.registry = VectorRegistry(
-            folder / "state", keep_versions=config.keep_versions, max_names=config.slots - 2
+            folder / "state", keep_versions=config.keep_versions, max_names=config.slots // 4 - 1
         )
         self.host = EngineHost(PlainChatEngine(FakeEngine()), self._fetch)
 

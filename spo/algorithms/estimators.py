@@ -1,75 +1,225 @@
-"""Stage I: from pooled activations of several contrasts to one direction for each layer.
+"""Directions between two sides of activations, by streaming over blocks of rows.
 
-Shapes: N rows of a side, L layers, D hidden width. Every estimator takes the two sides of one
-contrast and returns unit directions (L, D) that point towards harm. Sources are normalised before
-they are summed, so that a source with large activations does not outvote the others. At every layer
-a source counts as much as its own direction separates its own held-out rows, so a source that the
-model does not represent there adds no noise; the weights are reported. Separability is measured on
-the same held-out rows, which no direction was fitted to; only those few source weights saw them.
+Shapes: L layers, D hidden width. An estimator sweeps once or a few times over a source's fitting
+rows and keeps only sums of shape (L, D) or a few of them, so memory does not grow with the rows.
+All return unit directions (L, D) that point towards harm.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spo.algorithms.metrics import auc_interval
 from spo.config import EstimateConfig
 from spo.errors import DataError
-from spo.records import Interval
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Keep = Callable[[str], bool]
+"""Whether a row with this id takes part."""
 
-# Keeps a direction defined at layers where no source separates anything; such layers get weight 0.
-_LEAST_RELIABILITY = 1e-3
+_SUBSPACE = 4  # columns of the block power iteration: a gap below the second component is enough
+_TINY = 1e-12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Block:
+    """Some rows of one source."""
+
+    ids: Sequence[str]
+    """(n,) row ids; they decide which rows are held out."""
+    harm: NDArray[np.bool_]
+    """(n,) True on the harmful side."""
+    values: Floats
+    """(n, L, D) pooled activations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Contrast:
-    """Pooled activations of one source."""
+    """Pooled activations of one source, readable as often as needed."""
 
     source: str
     weight: float
-    harm: Floats
-    """(N, L, D)."""
-    safe: Floats
-    """(M, L, D)."""
-    harm_ids: Sequence[str]
-    """(N,) row ids; they decide which rows are held out."""
-    safe_ids: Sequence[str]
+    blocks: Callable[[], Iterator[Block]]
+
+    @classmethod
+    def of_arrays(
+        cls,
+        source: str,
+        harm: Floats,
+        safe: Floats,
+        *,
+        weight: float = 1.0,
+        ids: tuple[Sequence[str], Sequence[str]] | None = None,
+    ) -> Contrast:
+        """A contrast in memory: (N, L, D) harmful and (M, L, D) harmless rows."""
+        names = ids or (
+            [f"{source}-harm-{i}" for i in range(len(harm))],
+            [f"{source}-safe-{i}" for i in range(len(safe))],
+        )
+        sides = ((harm, True, names[0]), (safe, False, names[1]))
+
+        def blocks() -> Iterator[Block]:
+            for rows, is_harm, row_ids in sides:
+                for start in range(0, len(rows), 32):
+                    part = rows[start : start + 32]
+                    yield Block(
+                        ids=row_ids[start : start + 32],
+                        harm=np.full(len(part), is_harm),
+                        values=part,
+                    )
+
+        return cls(source=source, weight=weight, blocks=blocks)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Estimate:
-    """What Stage I found."""
+@dataclass(slots=True, kw_only=True, eq=False)
+class Moments:
+    """Counts and sums of both sides."""
 
-    units: Floats
-    """(L, D) combined unit direction of every layer read."""
-    source_weights: Mapping[str, Sequence[float]]
-    """Weight of each source in the combination, per layer: configured weight x reliability."""
-    auc: Mapping[str, Sequence[Interval]]
-    """Held-out separability by source: projection on the *combined* direction, per layer."""
-    mean_auc: Sequence[float]
-    """(L,) mean over sources."""
-    cosines: Mapping[str, Sequence[float]]
-    """Per pair "a|b" of sources: cosine between their own directions, per layer."""
-    chosen: tuple[int, ...]
-    """Indices of the chosen layers (into L)."""
-    weights: Floats
-    """(L,) layer weights in 0..1: held-out separability above chance, best chosen layer = 1."""
+    count: NDArray[np.int64]
+    """(2,) rows of the harmless and the harmful side."""
+    total: Doubles
+    """(2, L, D)."""
+    squares: Doubles
+    """(L,) sum over rows and units of the squares, both sides."""
 
+    @property
+    def means(self) -> Doubles:
+        """(2, L, D) harmless and harmful mean."""
+        means: Doubles = self.total / np.maximum(self.count, 1)[:, None, None]
+        return means
 
-def mean_difference(harm: Floats, safe: Floats) -> Floats:
-    """Unit difference of means, harm minus safe (CAA, arXiv 2312.06681). (N, L, D) -> (L, D)."""
-    return unit_rows(harm.mean(axis=0, dtype=np.float64) - safe.mean(axis=0, dtype=np.float64))
+    @property
+    def difference(self) -> Doubles:
+        """(L, D) harmful minus harmless mean."""
+        return self.means[1] - self.means[0]
 
 
-def unit_rows(rows: NDArray[np.float64]) -> Floats:
+def is_held_out(row_id: str, share: float) -> bool:
+    """Whether a row belongs to the held-out share; depends on its id alone."""
+    return _draw(row_id) < share
+
+
+def in_first_half(row_id: str) -> bool:
+    """Splits rows into halves, independently of `is_held_out`."""
+    return _draw("half/" + row_id) < 0.5
+
+
+def _draw(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def moments(contrast: Contrast, keep: Keep) -> Moments:
+    """One sweep; DataError where values are not finite or a side has fewer than two rows."""
+    found: Moments | None = None
+    for harm, values in kept_rows(contrast, keep):
+        if found is None:
+            shape = values.shape[1:]
+            found = Moments(
+                count=np.zeros(2, dtype=np.int64),
+                total=np.zeros((2, *shape)),
+                squares=np.zeros(shape[0]),
+            )
+        for side in (0, 1):
+            part = values[harm == bool(side)]
+            found.count[side] += len(part)
+            found.total[side] += part.sum(axis=0, dtype=np.float64)
+        found.squares += np.einsum("nld,nld->l", values, values, dtype=np.float64)
+    counts = [0, 0] if found is None else found.count.tolist()
+    if found is None or min(counts) < 2:
+        raise DataError(
+            f"source {contrast.source!r} has {counts[1]} harmful and {counts[0]} harmless rows "
+            "here, too few; give at least 10 of each"
+        )
+    return found
+
+
+def kept_rows(contrast: Contrast, keep: Keep) -> Iterator[tuple[NDArray[np.bool_], Floats]]:
+    """(harm, values) of the rows that take part, block by block."""
+    for block in contrast.blocks():
+        if not np.isfinite(block.values).all():
+            raise DataError(
+                f"source {contrast.source!r} has activations that are not finite; "
+                "extract it again in float32"
+            )
+        chosen = np.fromiter((keep(row_id) for row_id in block.ids), dtype=bool)
+        if chosen.any():
+            yield block.harm[chosen], block.values[chosen]
+
+
+def mean_difference(contrast: Contrast, keep: Keep, config: EstimateConfig) -> Floats:
+    """Unit difference of means, harm minus safe (CAA, arXiv 2312.06681)."""
+    return unit_rows(moments(contrast, keep).difference)
+
+
+def pca(contrast: Contrast, keep: Keep, config: EstimateConfig) -> Floats:
+    """Leading principal component of the rows of both sides (RepE, arXiv 2310.01405).
+
+    Rows are centred at the midpoint of the two means and the sides weigh the same; block power
+    iteration, `config.passes` sweeps; the sign is that of the mean difference.
+    """
+    found = moments(contrast, keep)
+    centre = found.means.mean(axis=0)
+    weights = (0.5 / found.count).tolist()
+    generator = np.random.default_rng(0)
+    layers, width = centre.shape
+    basis = generator.standard_normal((layers, width, min(_SUBSPACE, width)))
+    basis[:, :, 0] = found.difference + _TINY * basis[:, :, 0]
+    for _ in range(config.passes):
+        basis = np.linalg.qr(basis)[0]
+        product = np.zeros_like(basis)
+        for harm, values in kept_rows(contrast, keep):
+            rows = values - centre
+            share = np.where(harm, weights[1], weights[0])
+            shadow = np.einsum("nld,ldk->nlk", rows, basis, optimize=True)
+            product += np.einsum("n,nld,nlk->ldk", share, rows, shadow, optimize=True)
+        # Rayleigh-Ritz: rotate so that the first column is the leading component.
+        inner = np.einsum("ldk,ldm->lkm", basis, product)
+        _, rotation = np.linalg.eigh((inner + inner.transpose(0, 2, 1)) / 2)
+        basis = product @ rotation[:, :, ::-1]
+    leading = unit_rows(basis[:, :, 0]).astype(np.float64)
+    signs = np.sign((leading * found.difference).sum(axis=1, keepdims=True))
+    return unit_rows(leading * np.where(signs == 0, 1.0, signs))
+
+
+def linear_probe(contrast: Contrast, keep: Keep, config: EstimateConfig) -> Floats:
+    """Unit normal of a ridge-regularised linear classifier (Fisher's discriminant).
+
+    Solves (S + r I) w = mean(harm) - mean(safe), S the within-side covariance, by conjugate
+    gradients: `config.passes` sweeps. r = `config.shrinkage` x the mean variance of a unit.
+    """
+    found = moments(contrast, keep)
+    means, total = found.means, int(found.count.sum())
+    spread = found.squares - np.einsum("s,sld,sld->l", found.count.astype(float), means, means)
+    ridge = config.shrinkage * np.maximum(spread / (total * means.shape[2]), _TINY)
+
+    def apply(direction: Doubles) -> Doubles:
+        product = ridge[:, None] * direction
+        for harm, values in kept_rows(contrast, keep):
+            rows = values - means[harm.astype(int)]
+            shadow = np.einsum("nld,ld->nl", rows, direction)
+            product += np.einsum("nl,nld->ld", shadow, rows) / total
+        return product
+
+    solution = np.zeros_like(found.difference)
+    residual = found.difference.copy()
+    search, power = residual.copy(), (residual**2).sum(axis=1)
+    for _ in range(config.passes):
+        image = apply(search)
+        step = power / np.maximum((search * image).sum(axis=1), _TINY)
+        solution += step[:, None] * search
+        residual -= step[:, None] * image
+        fresh = (residual**2).sum(axis=1)
+        search = residual + (fresh / np.maximum(power, _TINY))[:, None] * search
+        power = fresh
+    return unit_rows(solution)
+
+
+def unit_rows(rows: Doubles) -> Floats:
     """Rows scaled to norm 1; a zero row (sides that do not differ) raises DataError."""
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
     if not np.all(norms > 1e-9):
@@ -81,129 +231,24 @@ def unit_rows(rows: NDArray[np.float64]) -> Floats:
     return (rows / norms).astype(np.float32)
 
 
-ESTIMATORS: dict[str, Callable[[Floats, Floats], Floats]] = {"mean_difference": mean_difference}
+ESTIMATORS: dict[str, Callable[[Contrast, Keep, EstimateConfig], Floats]] = {
+    "mean_difference": mean_difference,
+    "pca": pca,
+    "linear_probe": linear_probe,
+}
 
 
-def estimate(
-    contrasts: Sequence[Contrast], layers: Sequence[int], num_layers: int, config: EstimateConfig
-) -> Estimate:
-    """Combine sources, measure separability on held-out rows, choose and weigh layers.
-
-    Args:
-        contrasts: one for each source, all with the same L and D.
-        layers: the decoder block behind each of the L rows.
-        num_layers: number of decoder blocks of the model, for the depth window.
-        config: method, hold-out share, layer choice.
-
-    Raises:
-        DataError: a source has too few rows, or values that are not finite.
-    """
-    if not contrasts:
-        raise DataError("Stage I needs at least one source of contrasts, got none")
-    method = ESTIMATORS[config.method]
-    directions: dict[str, Floats] = {}
-    held: dict[str, tuple[Floats, Floats]] = {}
-    for contrast in contrasts:
-        fit, test = _split(contrast, config.holdout_fraction)
-        directions[contrast.source] = method(*fit)
-        held[contrast.source] = test
-    trust = {
-        c.source: c.weight * _reliability(directions[c.source], *held[c.source]) for c in contrasts
-    }
-    total = np.sum(
-        [w[:, None] * directions[name].astype(np.float64) for name, w in trust.items()], axis=0
-    )
-    units = unit_rows(total)
-    auc = {name: _separability(units, *sides) for name, sides in held.items()}
-    mean_auc = [
-        math.fsum(a[row].mean for a in auc.values()) / len(auc) for row in range(len(units))
-    ]
-    chosen = _choose(mean_auc, layers, num_layers, config)
-    excess = np.clip(np.array(mean_auc) - 0.5, 0.0, None)
-    best = max(excess[list(chosen)].max(), 1e-9)
-    return Estimate(
-        units=units,
-        source_weights={name: weights.tolist() for name, weights in trust.items()},
-        auc=auc,
-        mean_auc=mean_auc,
-        cosines=_cosines(directions),
-        chosen=chosen,
-        weights=np.clip(excess / best, 0.0, 1.0).astype(np.float32),
-    )
-
-
-def _split(
-    contrast: Contrast, holdout: float
-) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats]]:
-    """((harm, safe) to fit, (harm, safe) to test), by a hash of the row ids."""
-    sides = []
-    for name, rows, ids in (
-        ("harmful", contrast.harm, contrast.harm_ids),
-        ("harmless", contrast.safe, contrast.safe_ids),
-    ):
-        if not np.isfinite(rows).all():
-            raise DataError(
-                f"source {contrast.source!r} has activations that are not finite; "
-                "extract it again in float32"
-            )
-        out = np.array([is_held_out(row_id, holdout) for row_id in ids], dtype=bool)
-        if out.sum() < 2 or (~out).sum() < 2:
-            raise DataError(
-                f"source {contrast.source!r} has {len(ids)} {name} rows, too few to fit and to "
-                "hold out; give at least 10"
-            )
-        sides.append((rows[~out], rows[out]))
-    (harm_fit, harm_test), (safe_fit, safe_test) = sides
-    return (harm_fit, safe_fit), (harm_test, safe_test)
-
-
-def is_held_out(row_id: str, share: float) -> bool:
-    """Whether a row belongs to the held-out share; depends on its id alone."""
-    digest = hashlib.sha256(row_id.encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < share
-
-
-def _reliability(own: Floats, harm: Floats, safe: Floats) -> NDArray[np.float64]:
-    """(L,) how well a source's own direction separates its held-out rows: 0 at chance, 1 fully."""
-    excess = [2.0 * interval.mean - 1.0 for interval in _separability(own, harm, safe)]
-    return np.clip(np.array(excess), _LEAST_RELIABILITY, 1.0)
-
-
-def _separability(units: Floats, harm: Floats, safe: Floats) -> list[Interval]:
-    labels = [1] * len(harm) + [0] * len(safe)
-    intervals = []
-    for row, unit in enumerate(units):
-        scores = np.concatenate([harm[:, row] @ unit, safe[:, row] @ unit]).astype(np.float64)
-        intervals.append(auc_interval(scores.tolist(), labels, samples=300, seed=0))
-    return intervals
-
-
-def _choose(
-    mean_auc: Sequence[float], layers: Sequence[int], num_layers: int, config: EstimateConfig
-) -> tuple[int, ...]:
-    if config.layers is not None:
-        missing = sorted(set(config.layers) - set(layers))
-        if missing:
-            raise DataError(
-                f"estimate.layers asks for blocks {missing}, extracted were {list(layers)}; the "
-                f"model has blocks 0..{num_layers - 1}: change estimate.layers or extract.layers"
-            )
-        return tuple(sorted(layers.index(layer) for layer in config.layers))
-    low, high = (share * (num_layers - 1) for share in config.depth_window)
-    inside = [row for row, layer in enumerate(layers) if low <= layer <= high]
-    if not inside:
-        raise DataError(
-            f"no extracted layer lies in the depth window {config.depth_window} of {num_layers} "
-            f"blocks (extracted: {list(layers)}); widen estimate.depth_window"
-        )
-    best = sorted(inside, key=lambda row: -mean_auc[row])[: config.num_layers]
-    return tuple(sorted(best))
-
-
-def _cosines(directions: Mapping[str, Floats]) -> dict[str, list[float]]:
-    names = sorted(directions)
-    return {
-        f"{a}|{b}": (directions[a] * directions[b]).sum(axis=1).astype(float).tolist()
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-    }
+def projections(
+    contrast: Contrast, keep: Keep, directions: Iterable[Floats]
+) -> tuple[NDArray[np.bool_], list[Floats]]:
+    """((n,) harm, for each direction (n, L) projections) of the rows that take part; one sweep."""
+    wanted = list(directions)
+    sides: list[NDArray[np.bool_]] = []
+    scores: list[list[Floats]] = [[] for _ in wanted]
+    for harm, values in kept_rows(contrast, keep):
+        sides.append(harm)
+        for found, unit in zip(scores, wanted, strict=True):
+            found.append(np.einsum("nld,ld->nl", values, unit).astype(np.float32))
+    if not sides:
+        raise DataError(f"source {contrast.source!r} has no rows to test on; give at least 10")
+    return np.concatenate(sides), [np.concatenate(found) for found in scores]

@@ -63,6 +63,9 @@ def reward_of(rollout: Rollout, scores: Mapping[str, float], config: RewardConfi
         )
     empty = not rollout.text.strip()
     parts = {name: float(scores[name]) for name in sorted(needed)}
+    # Never rewarded: kept to be compared with toxicity.
+    if math.isfinite(scores.get("crosscheck", math.nan)):
+        parts["crosscheck"] = float(scores["crosscheck"])
     parts["degenerate"] = degeneration(rollout.text)
     parts["refusal"] = float(benign and (empty or is_refusal(rollout.text)))
     total = (

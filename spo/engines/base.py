@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from spo.errors import SteeringError
+from spo.errors import SteeringError, UnpublishedError
 from spo.records import (
     GenerateRequest,
     Positions,
@@ -96,6 +96,15 @@ class Sampler(Protocol):
         """
         ...
 
+    def retire(self, name: str, version: int | None = None) -> None:
+        """Drop one version, or all versions, of a vector.
+
+        Raises:
+            UnpublishedError: that version is not held. All versions of an unknown name is no error.
+            SteeringError: a request in flight uses it.
+        """
+        ...
+
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Rollout]:
         """Answer requests, in order. Steered, differently steered and unsteered ones may mix."""
         ...
@@ -107,6 +116,13 @@ class Sampler(Protocol):
 
 class Engine(Sampler, Protocol):
     """A frozen model with steering. Implementations: `HfEngine`, `VllmEngine`, `FakeEngine`."""
+
+    concurrent: bool
+    """Whether several threads may call the engine at once; the others take one call at a time."""
+
+    def alive(self) -> bool:
+        """Whether the processes behind the engine still run; asks nothing of the model."""
+        ...
 
     def capture(self, requests: Sequence[CaptureRequest]) -> list[Capture]:
         """Pooled activations, in order."""
@@ -137,12 +153,24 @@ class VectorTable:
         for old in sorted(versions)[: -self._keep]:
             del versions[old]
 
+    def retire(self, name: str, version: int | None = None) -> None:
+        """Drop one version, or all versions, of a name; see `Sampler.retire`."""
+        versions = self._vectors.get(name, {})
+        if version is not None and version not in versions:
+            raise UnpublishedError(
+                f"vector {name!r} version {version} is not held; it holds {sorted(versions)}"
+            )
+        for number in [version] if version is not None else list(versions):
+            del versions[number]
+        if not versions:
+            self._vectors.pop(name, None)
+
     def get(self, spec: SteeringSpec) -> SteeringVector:
         """The vector that a request asks for, or SteeringError naming what is there."""
         vector = self._vectors.get(spec.vector, {}).get(spec.version)
         if vector is None:
             held = {name: sorted(versions) for name, versions in self._vectors.items()}
-            raise SteeringError(
+            raise UnpublishedError(
                 f"vector {spec.vector!r} version {spec.version} is not published in this engine "
                 f"(it holds {held}); publish it first. Nothing was generated"
             )

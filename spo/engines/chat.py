@@ -64,6 +64,8 @@ class ChatRequest:
     """Strings that end the answer; left out of it."""
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    ignore_eos: bool = False
+    """Go on to the token limit, for measurements."""
     steering: SteeringSpec | None = None
     """None asks for the unsteered model."""
     sha256: str = ""

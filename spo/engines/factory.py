@@ -37,5 +37,6 @@ def open_engine(model: str, revision: str | None, config: EngineConfig, *, seed:
         max_num_seqs=config.max_num_seqs,
         kv_cache_gib=None if config.num_gpus else config.memory_gib,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        slots=config.slots,
         seed=seed,
     )

@@ -23,7 +23,14 @@ from spo.engines.base import (
     VectorTable,
     receipt_for,
 )
-from spo.engines.plan import SteeringPlan, TokenBatch, pad_answers, token_logprobs
+from spo.engines.plan import (
+    AnswerScores,
+    SteeringPlan,
+    TokenBatch,
+    pad_answers,
+    token_kl,
+    token_logprobs,
+)
 from spo.records import FinishReason, GenerateRequest, Prompt, PromptKind, Rollout, SteeringSpec
 from spo.vector import SteeringVector
 
@@ -40,6 +47,8 @@ class FakeEngine:
         num_layers: number of its blocks; each adds to the stream and can be steered.
         rudeness: logit of a rude word on harmful prompts when unsteered.
     """
+
+    concurrent = False
 
     def __init__(self, *, hidden_size: int = 8, num_layers: int = 4, rudeness: float = 1.0) -> None:
         self.device = torch.device("cpu")
@@ -66,6 +75,12 @@ class FakeEngine:
         vector.check_fits(hidden_size=self._info.hidden_size, num_layers=self._info.num_layers)
         self._table.put(name, vector, version)
         return vector.sha256
+
+    def retire(self, name: str, version: int | None = None) -> None:
+        self._table.retire(name, version)
+
+    def alive(self) -> bool:
+        return True
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -108,6 +123,26 @@ class FakeEngine:
                 )
         rude = (hidden @ self.harm_direction) + 2.0 * harmful - 2.0
         return rude.unsqueeze(-1) * _RUDE
+
+    def answer_scores(
+        self,
+        batch: TokenBatch,
+        plans: Sequence[SteeringPlan],
+        *,
+        chunk_tokens: int,
+        cache_prefix: bool = True,
+    ) -> list[AnswerScores]:
+        del chunk_tokens, cache_prefix  # eight words and no blocks to speak of
+        with torch.no_grad():
+            reference = self.answer_logits(batch)
+        base = token_logprobs(reference, batch.answer_ids, batch.answer_mask)
+        scores = []
+        for plan in plans:
+            logits = self.answer_logits(batch, plan)
+            policy = token_logprobs(logits, batch.answer_ids, batch.answer_mask)
+            kl = token_kl(logits, reference) * batch.answer_mask
+            scores.append(AnswerScores(policy=policy, reference=base, kl=kl))
+        return scores
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Rollout]:
         return [self._generate_one(request) for request in requests]

@@ -7,11 +7,10 @@ the steering directions and in the pixels. Weights are frozen: none ever require
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -27,14 +26,15 @@ from spo.engines.base import (
     receipt_for,
 )
 from spo.engines.batching import chunks, grouped, sampling_options, seed_sampling
+from spo.engines.hf_capture import capture
 from spo.engines.identity import check_belongs, find_blocks, folder_revision, model_identity
 from spo.engines.plan import (
     SteeringPlan,
     TokenBatch,
     pad_answers,
-    pooled_columns,
     token_logprobs,
 )
+from spo.engines.prefix import PrefixRunner
 from spo.engines.processing import PromptProcessor
 from spo.errors import EngineError
 from spo.records import (
@@ -50,10 +50,6 @@ from spo.vector import SteeringVector
 _PICTURE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
 
 
-class _EarlyExit(Exception):
-    """Stops a forward pass once the highest wanted layer was read."""
-
-
 class HfEngine:
     """A frozen model in Transformers.
 
@@ -67,6 +63,8 @@ class HfEngine:
     Raises:
         EngineError: the model cannot be loaded, or its decoder blocks cannot be found.
     """
+
+    concurrent = False
 
     def __init__(
         self,
@@ -93,6 +91,7 @@ class HfEngine:
         self.batch_size = batch_size
         self.decoder: nn.Module = self.model.get_decoder()
         self.blocks = find_blocks(self.decoder, self.model.config.get_text_config())
+        self.answer_scores = PrefixRunner(self.model, list(self.blocks), self.steered).scores
         self._table = VectorTable()
         self._info = EngineInfo(
             model_id=model_identity(model),
@@ -113,8 +112,14 @@ class HfEngine:
         self._table.put(name, vector, version)
         return vector.sha256
 
+    def retire(self, name: str, version: int | None = None) -> None:
+        self._table.retire(name, version)
+
+    def alive(self) -> bool:
+        return True
+
     def close(self) -> None:
-        del self.model, self.decoder, self.blocks
+        del self.model, self.decoder, self.blocks, self.answer_scores
 
     def plan(self, spec: SteeringSpec | None) -> SteeringPlan | None:
         """Tensors of what a request asks for; SteeringError when it is not published."""
@@ -149,12 +154,7 @@ class HfEngine:
         return [results[i] for i in range(len(requests))]
 
     def capture(self, requests: Sequence[CaptureRequest]) -> list[Capture]:
-        results: dict[int, Capture] = {}
-        for layers, indices in grouped(requests, lambda r: r.layers):
-            for chunk in chunks(indices, self.batch_size):
-                captured = self._capture([requests[i] for i in chunk], layers)
-                results.update(zip(chunk, captured, strict=True))
-        return [results[i] for i in range(len(requests))]
+        return capture(self, requests)
 
     def prepare(
         self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]] | None = None
@@ -212,7 +212,7 @@ class HfEngine:
         if "pixel_values" in extras:
             extras["pixel_values"] = extras["pixel_values"].to(self.model.dtype)
         width = batch.answer_ids.shape[1]
-        with self._steered(batch, plan):
+        with self.steered(batch, plan):
             output = self.model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -234,7 +234,7 @@ class HfEngine:
         return token_logprobs(logits, batch.answer_ids, batch.answer_mask)
 
     @contextmanager
-    def _hooks(self, hooks: dict[int, Callable[[Tensor, int], Tensor | None]]) -> Iterator[None]:
+    def reading(self, hooks: dict[int, Callable[[Tensor, int], Tensor | None]]) -> Iterator[None]:
         """Call `hooks[layer](hidden, first_column)` on block outputs; a tensor back replaces it."""
         first_column = 0
 
@@ -262,7 +262,7 @@ class HfEngine:
                 handle.remove()
 
     @contextmanager
-    def _steered(self, batch: TokenBatch, plan: SteeringPlan | None) -> Iterator[None]:
+    def steered(self, batch: TokenBatch, plan: SteeringPlan | None) -> Iterator[None]:
         if plan is None:
             yield
             return
@@ -284,7 +284,7 @@ class HfEngine:
 
             return apply
 
-        with self._hooks({layer: at_layer(row) for row, layer in enumerate(plan.layers)}):
+        with self.reading({layer: at_layer(row) for row, layer in enumerate(plan.layers)}):
             yield
 
     def _generate(
@@ -299,7 +299,7 @@ class HfEngine:
         extras = dict(batch.extras)
         if "pixel_values" in extras:
             extras["pixel_values"] = extras["pixel_values"].to(self.model.dtype)
-        with torch.no_grad(), self._steered(batch, plan):
+        with torch.no_grad(), self.steered(batch, plan):
             output = self.model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -355,39 +355,3 @@ class HfEngine:
         if eos is None:
             eos = self.prompts.tokenizer.eos_token_id
         return frozenset(eos if isinstance(eos, list) else [eos])
-
-    def _capture(
-        self, requests: Sequence[CaptureRequest], layers: tuple[int, ...]
-    ) -> list[Capture]:
-        outside = [layer for layer in layers if not 0 <= layer < len(self.blocks)]
-        if outside or not layers:
-            raise EngineError(
-                f"capture layers must lie in 0..{len(self.blocks) - 1}, got {list(layers)}"
-            )
-        batch = self.prepare([r.prompt for r in requests], [r.token_ids for r in requests])
-        columns = [pooled_columns(batch, row, r) for row, r in enumerate(requests)]
-        means = {layer: np.empty(0) for layer in layers}
-        norms = {layer: np.empty(0) for layer in layers}
-
-        def read(layer: int) -> Callable[[Tensor, int], None]:
-            def at(hidden: Tensor, start: int) -> None:
-                chosen = [hidden[row, where].float() for row, where in enumerate(columns)]
-                means[layer] = torch.stack([h.mean(dim=0) for h in chosen]).cpu().numpy()
-                norms[layer] = torch.stack([h.norm(dim=-1).median() for h in chosen]).cpu().numpy()
-                if layer == max(layers):
-                    raise _EarlyExit
-
-            return at
-
-        hooks = self._hooks({layer: read(layer) for layer in layers})
-        with suppress(_EarlyExit), torch.no_grad(), hooks:
-            self.answer_logits(batch)
-        return [
-            Capture(
-                request_id=request.request_id,
-                mean=np.stack([means[layer][row] for layer in layers]).astype(np.float32),
-                norm=np.array([norms[layer][row] for layer in layers], dtype=np.float32),
-                tokens=len(columns[row]),
-            )
-            for row, request in enumerate(requests)
-        ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spo.algorithms.positions import Span, select_positions
 from spo.engines.base import CaptureRequest, EngineInfo
-from spo.errors import EngineError
+from spo.errors import DataError
 from spo.records import Operator, Positions, Prompt, SteeringSpec
 from spo.vector import SteeringVector
 
@@ -96,6 +96,24 @@ def token_logprobs(logits: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> T
     return torch.where(answer_mask, chosen, 0.0)
 
 
+def token_kl(logits: Tensor, reference: Tensor) -> Tensor:
+    """(...) KL(steered || unsteered) over the vocabulary, nats, from (..., vocabulary) logits."""
+    steered = torch.log_softmax(logits, dim=-1)
+    return (steered.exp() * (steered - torch.log_softmax(reference, dim=-1))).sum(dim=-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AnswerScores:
+    """What the learner needs to know of given answers; (batch, answer width), 0 on padding."""
+
+    policy: Tensor
+    """Log-probability of each token under the steered model; carries the gradient."""
+    reference: Tensor
+    """The same under the unsteered model; no gradient."""
+    kl: Tensor
+    """KL(steered || unsteered) at each token, nats; carries the gradient."""
+
+
 def pooled_columns(batch: TokenBatch, row: int, request: CaptureRequest) -> list[int]:
     """Columns of one row that its capture pools over."""
     pad = batch.pads[row]
@@ -107,7 +125,7 @@ def pooled_columns(batch: TokenBatch, row: int, request: CaptureRequest) -> list
     chosen[0] = False  # the attention sink would drown every other token
     columns = (index[chosen] + pad).tolist()
     if not columns:
-        raise EngineError(
+        raise DataError(
             f"capture {request.request_id!r}: no token is left to pool over "
             f"({request.positions.value} of {len(index)} tokens, first one left out)"
         )
@@ -127,3 +145,21 @@ class DifferentiableEngine(Protocol):
     ) -> TokenBatch: ...
 
     def answer_logits(self, batch: TokenBatch, plan: SteeringPlan | None = None) -> Tensor: ...
+
+    def answer_scores(
+        self,
+        batch: TokenBatch,
+        plans: Sequence[SteeringPlan],
+        *,
+        chunk_tokens: int,
+        cache_prefix: bool = True,
+    ) -> list[AnswerScores]:
+        """Scores of the batch's answers under each plan; the unsteered pass is shared.
+
+        Args:
+            batch: prompts with answers.
+            plans: steerings; gradients flow to their directions and calibrations.
+            chunk_tokens: answer tokens whose logits are in memory at once.
+            cache_prefix: compute the blocks up to the lowest steered one once for all passes.
+        """
+        ...

@@ -21,6 +21,8 @@ from spo.records import Prompt, PromptFormat
 MAX_PIXELS = 50_000_000
 """Larger pictures are refused before they are decoded (decompression bombs)."""
 
+_ANIMATED = ("GIF", "PNG", "WEBP", "TIFF")
+
 
 def load_image(path: str) -> Image.Image:
     """Decode a picture fully as RGB, or raise DataError naming the file and the cause."""
@@ -35,6 +37,12 @@ def load_image(path: str) -> Image.Image:
                     raise DataError(
                         f"picture {path!r} has {width} x {height} pixels, at most {MAX_PIXELS} are "
                         "allowed; scale it down"
+                    )
+                frames = getattr(image, "n_frames", 1)
+                if frames > 1 and image.format in _ANIMATED:
+                    raise DataError(
+                        f"picture {path!r} is an animation of {frames} frames; save the frame that "
+                        "you mean as PNG or JPEG"
                     )
                 return image.convert("RGB")
     except DataError:

@@ -12,41 +12,30 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from spo.algorithms.positions import Span, select_positions
 from spo.engines.base import Capture, CaptureRequest, EngineInfo, LogprobRequest
-from spo.engines.identity import check_belongs, folder_revision, model_identity
+from spo.engines.identity import check_belongs
 from spo.engines.processing import PromptProcessor
 from spo.engines.vllm_plugin import canary
 from spo.engines.vllm_plugin.desk import Binding, SteeringDesk
-from spo.engines.vllm_plugin.launch import VllmSettings, on_cpu, start_llm, stop_llm
+from spo.engines.vllm_plugin.launch import VllmSettings, plugin_config, start_llm, stop_llm
+from spo.engines.vllm_plugin.outputs import (
+    answer_params,
+    canary_job,
+    canary_logprobs,
+    describe,
+    pooled_tokens,
+    rollout_of,
+)
 from spo.engines.vllm_plugin.session import Job, VllmSession, sampling_params
-from spo.engines.vllm_plugin.wire import (
-    REQUEST_KEY,
-    PluginConfig,
-    RequestSteering,
-    cache_salt,
-    op_version,
-)
+from spo.engines.vllm_plugin.wire import REQUEST_KEY, PluginConfig, RequestSteering
 from spo.errors import EngineError, SteeringError
-from spo.records import (
-    FinishReason,
-    GenerateRequest,
-    Rollout,
-    Sampling,
-    SteeringReceipt,
-    SteeringSpec,
-)
+from spo.records import GenerateRequest, Rollout, Sampling, SteeringReceipt, SteeringSpec
 from spo.vector import SteeringVector
-
-_FINISH = {
-    "stop": FinishReason.STOP,
-    "length": FinishReason.LENGTH,
-    "abort": FinishReason.ABORTED,
-}
 
 
 class VllmEngine:
@@ -62,6 +51,8 @@ class VllmEngine:
         SteeringError: it started and steering cannot be shown to work.
     """
 
+    concurrent = True
+
     def __init__(
         self,
         model: str,
@@ -73,7 +64,7 @@ class VllmEngine:
         self.settings = settings or VllmSettings(**options)
         self.prompts = PromptProcessor(model, revision)
         self._capturing = threading.Lock()
-        config = self._plugin_config()
+        config = plugin_config(self.settings)
         self.desk = SteeringDesk(config, self.settings.max_dose)
         llm = start_llm(model, revision, self.settings, config)
         self.session = VllmSession(llm, self.prompts, self.desk, self.settings.max_model_len)
@@ -83,18 +74,6 @@ class VllmEngine:
         except BaseException:
             self.close()
             raise
-
-    def _plugin_config(self) -> PluginConfig:
-        rows = self.settings.capture_rows
-        if rows is None:
-            rows = 64 if on_cpu() else 0
-        return PluginConfig(
-            slots=self.settings.slots,
-            lanes=self.settings.lanes,
-            operators=self.settings.operators,
-            capture_rows=rows,
-            version=op_version(),
-        )
 
     @property
     def info(self) -> EngineInfo:
@@ -137,23 +116,17 @@ class VllmEngine:
         """
         with self.session.bound([specs for _, specs in requests]) as bindings:
             jobs = [
-                self.session.job(binding, request.prompt, (), self._sampled(request))
+                self.session.job(binding, request.prompt, (), answer_params(request, self.prompts))
                 for (request, _), binding in zip(requests, bindings, strict=True)
             ]
             outputs = self.session.run(jobs)
             receipts = self.session.receipts(bindings, jobs, outputs)
         return [
-            (self._rollout(request, job, output, receipt), receipt)
+            (rollout_of(request, job, output, receipt, self.prompts), receipt)
             for (request, _), job, output, receipt in zip(
                 requests, jobs, outputs, receipts, strict=True
             )
         ]
-
-    def _sampled(self, request: GenerateRequest) -> Any:
-        """Parameters of a sampled answer; never an image placeholder, as in `HfEngine`."""
-        token = self.prompts.image_token_id
-        banned = {} if token is None else {"logit_bias": {token: -100.0}}
-        return sampling_params(request.sampling, **banned)
 
     def stream(self, request: GenerateRequest) -> Iterator[str | Rollout]:
         """Text of one answer piece by piece, then the whole rollout with its receipt.
@@ -162,7 +135,9 @@ class VllmEngine:
         """
         specs = (request.steering,) if request.steering else ()
         with self.session.bound([specs]) as (binding,):
-            job = self.session.job(binding, request.prompt, (), self._sampled(request))
+            job = self.session.job(
+                binding, request.prompt, (), answer_params(request, self.prompts)
+            )
             sent, output = "", None
             for output in self.session.stream(job):
                 text = self.prompts.decode(output.outputs[0].token_ids)
@@ -171,7 +146,7 @@ class VllmEngine:
                     yield text[len(sent) :]
                     sent = text
             receipts = self.session.receipts([binding], [job], [output])[0]
-            rollout = self._rollout(request, job, output, receipts)
+            rollout = rollout_of(request, job, output, receipts, self.prompts)
             if rollout.text != sent:
                 yield rollout.text[len(sent) :]
             yield rollout
@@ -222,6 +197,11 @@ class VllmEngine:
                 captures += self._capture(requests[start : start + rows])
         return captures
 
+    def alive(self) -> bool:
+        """False once vLLM has noticed that its engine core is gone (it watches the process)."""
+        resources = getattr(self.session.engine.engine_core, "resources", None)
+        return not getattr(resources, "engine_dead", False)
+
     def close(self) -> None:
         session = self.__dict__.pop("session", None)
         if session is not None:
@@ -244,7 +224,7 @@ class VllmEngine:
             }
             jobs.append(job)
         expected = [
-            _pooled_tokens(request, job, self.prompts)
+            pooled_tokens(request, job, self.prompts)
             for request, job in zip(requests, jobs, strict=True)
         ]
         self.session.run(jobs)
@@ -270,89 +250,24 @@ class VllmEngine:
             )
         return captures
 
-    def _rollout(
-        self,
-        request: GenerateRequest,
-        job: Job,
-        output: Any,
-        receipts: tuple[SteeringReceipt, ...],
-    ) -> Rollout:
-        answer = output.outputs[0]
-        return Rollout(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=job.tokens,
-            token_ids=tuple(answer.token_ids),
-            text=self.prompts.decode(answer.token_ids),
-            logprob=float(answer.cumulative_logprob),
-            finish=_FINISH[answer.finish_reason],
-            receipt=receipts[0] if receipts else None,
-        )
-
     def _describe(self, model: str, revision: str | None, config: PluginConfig) -> EngineInfo:
-        import vllm
-
         workers = [json.loads(text) for text in self.session.rpc("spo_describe")]
-        text = self.session.llm.model_config.hf_text_config
-        for worker in workers:
-            if worker["config"] != config.to_wire() or worker["layers"] != text.num_hidden_layers:
-                raise SteeringError(
-                    f"a worker has {worker}, expected {text.num_hidden_layers} layers and "
-                    f"{config.to_wire()}; install the same spo on every node"
-                )
         self.runner = workers[0]["runner"]
-        return EngineInfo(
-            model_id=model_identity(model),
-            model_revision=revision or folder_revision(model),
-            hidden_size=int(workers[0]["hidden_size"]),
-            num_layers=int(workers[0]["layers"]),
-            dtype=str(self.session.llm.model_config.dtype).removeprefix("torch."),
-            backend="vllm",
-            version=vllm.__version__,
-        )
+        return describe(model, revision, config, workers, self.session.llm.model_config)
 
     def _run_canary(self) -> dict[str, float]:
         self._publish(canary.NAME, canary.canary_vector(self._info), 0)
-        tokens = tuple(self.prompts.tokenizer("a b c", add_special_tokens=False).input_ids)
 
         def probe(spec: SteeringSpec | None) -> canary.Logprobs:
-            params = sampling_params(Sampling(max_tokens=2, temperature=0.0), logprobs=5)
-            params.ignore_eos = True
             with self.session.bound([(spec,) if spec else ()]) as (binding,):
-                entry: dict[str, Any] = {"prompt_token_ids": list(tokens)}
-                if binding.lanes:
-                    entry["cache_salt"] = cache_salt(binding.lanes)
-                    params.extra_args = {REQUEST_KEY: binding.wire()}
-                job = Job(
-                    key=binding.key,
-                    tokens=tokens,
-                    prompt_length=len(tokens),
-                    engine_input=self.session.llm._preprocess_cmpl_one(entry),
-                    params=params,
-                )
+                job = canary_job(self.session.builder, binding)
+                entry = self.session.llm._preprocess_cmpl_one(job.engine_input)
+                job = replace(job, engine_input=entry)
                 outputs = self.session.run([job])
                 self.session.receipts([binding], [job], outputs)
-            return [
-                {token: float(value.logprob) for token, value in step.items()}
-                for step in outputs[0].outputs[0].logprobs
-            ]
+            return canary_logprobs(outputs[0])
 
         try:
             return canary.run_canary(probe, self.desk.config.operators)
         finally:
             self.desk.retire(canary.NAME)
-
-
-def _pooled_tokens(request: CaptureRequest, job: Job, prompts: PromptProcessor) -> int:
-    spans: tuple[Span, ...] = prompts.spans(job.tokens)
-    index = np.arange(len(job.tokens), dtype=np.int64)
-    chosen = select_positions(
-        request.positions, index, prompt_length=job.prompt_length, image_spans=spans
-    )
-    count = int(chosen[1:].sum())
-    if not count:
-        raise EngineError(
-            f"capture {request.request_id!r}: no token is left to pool over "
-            f"({request.positions.value} of {len(index)} tokens, first one left out)"
-        )
-    return count

@@ -99,6 +99,8 @@ class ChatCompletionRequest(_Body):
     ) = None
     frequency_penalty: _Penalty = 0.0
     presence_penalty: _Penalty = 0.0
+    ignore_eos: bool = False
+    """As in vLLM: go on to `max_tokens`, for measurements."""
     n: Literal[1] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None

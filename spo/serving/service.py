@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from spo.config_serve import ServeConfig
 from spo.engines.chat import ChatAnswer, ChatDelta, ChatRequest, Picture, Turn
 from spo.errors import SteeringError
 from spo.records import Sampling
-from spo.serve_config import ServeConfig
 from spo.serving.keys import Key, Scope
 from spo.serving.pictures import PictureLimits, open_picture
 from spo.serving.problems import Problem
@@ -123,6 +123,7 @@ class Service:
             stop=stop,
             frequency_penalty=body.frequency_penalty,
             presence_penalty=body.presence_penalty,
+            ignore_eos=body.ignore_eos,
             steering=version.spec(steering.coefficient, steering.positions) if version else None,
             sha256=version.sha256 if version else "",
         )

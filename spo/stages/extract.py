@@ -1,139 +1,124 @@
 """Activation extraction with Ray Data: contrast rows in, pooled activations in Parquet out.
 
-The plan is read -> map in model actors -> write, every row keeps its id, and pictures travel as
-paths. A row that cannot be used is written too, with its reason, so nothing vanishes. The manifest
-is written last: a folder without one is unfinished, and one whose digest differs is refused.
+The plan is read -> repartition -> map in model actors -> write, with Ray Data's checkpoint of row
+ids: each written file commits its ids, in two phases. Blocks are small, so a killed run loses at
+most the blocks in work, and the same command goes on. Before it does, files and checkpoint are
+reconciled: a data file that cannot be read gives its ids back, so every id ends up there exactly
+once. A row that cannot be used is written too, with its reason. The manifest is written last.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from spo.algorithms.estimators import Contrast
+from spo.activations import (
+    CALIBRATION,
+    DATA,
+    MANIFEST,
+    ContrastRow,
+    digest_of_rows,
+    encode_half,
+    row_from_json,
+    row_to_json,
+)
 from spo.artifact import write_atomic
 from spo.config import ExtractConfig
-from spo.engines.base import CaptureRequest
-from spo.errors import DataError, StageError
-from spo.records import (
-    GenerateRequest,
-    Positions,
-    Prompt,
-    PromptFormat,
-    PromptKind,
-    QuarantinedRow,
-    Sampling,
-    Side,
-    Split,
-)
+from spo.engines.base import Capture, CaptureRequest, Engine
+from spo.errors import DataError, SpoError, StageError
+from spo.records import GenerateRequest, Sampling
 
-CALIBRATION = "calibration"
-_MANIFEST = "manifest.json"
+_STARTED = "extraction.json"
 _CALIBRATION_TOKENS = 24
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContrastRow:
-    """One row to read activations of."""
-
-    source: str
-    """Name of the contrast, or `CALIBRATION` for benign generations."""
-    side: Side
-    prompt: Prompt
-    positions: Positions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Activations:
-    """What an extraction folder holds."""
-
-    contrasts: tuple[Contrast, ...]
-    layers: tuple[int, ...]
-    calibration: NDArray[np.float32]
-    """(layers, hidden) mean benign generated activation h0."""
-    mean_norms: NDArray[np.float32]
-    """(layers,) mean over benign generations of the median hidden norm."""
-    num_layers: int
-    model_id: str
-    model_revision: str
-    data_sha256: str
-    quarantined: tuple[QuarantinedRow, ...]
+_COLUMNS = ("row_id", "source", "side", "mean", "norm", "tokens", "reason", "model")
 
 
 class ActivationExtractor:
-    """Ray Data actor: holds the model, maps batches of rows to pooled activations."""
+    """Ray Data actor: holds the model, maps blocks of rows to pooled activations."""
 
     def __init__(self, model: str, revision: str | None, config: ExtractConfig) -> None:
-        from spo.engines.hf import HfEngine
-
-        self._engine = HfEngine(
-            model,
-            revision=revision,
-            dtype=config.dtype,
-            device="cuda" if config.num_gpus else "cpu",
-            batch_size=config.batch_size,
-        )
-        self._layers = config.layers or tuple(range(self._engine.info.num_layers))
+        self._config = config
+        self._engine = _open_engine(model, revision, config)
+        info = self._engine.info
+        self._model = json.dumps(asdict(info))
+        self._layers = config.layers or tuple(range(info.num_layers))
+        outside = [layer for layer in self._layers if not 0 <= layer < info.num_layers]
+        if outside:
+            raise StageError(
+                f"extract.layers asks for blocks {outside}, the model has 0..{info.num_layers - 1}"
+            )
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
         rows = [row_from_json(text) for text in batch["row"]]
-        captured: dict[str, tuple[bytes, bytes, int, str]] = {}
-        usable: list[ContrastRow] = []
+        captured = self._captured(rows)
+        out: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        for row in rows:
+            capture = captured[row.prompt.prompt_id]
+            mean, norm, tokens = b"", b"", 0
+            if isinstance(capture, Capture):
+                mean, reason = encode_half(capture.mean, self._config.storage)
+                norm, tokens = capture.norm.tobytes(), capture.tokens
+            else:
+                reason = capture
+            values = (row.prompt.prompt_id, row.source, row.side.value, mean, norm, tokens, reason)
+            for name, value in zip(_COLUMNS, (*values, self._model), strict=True):
+                out[name].append(value)
+        return out
+
+    def _captured(self, rows: Sequence[ContrastRow]) -> dict[str, Capture | str]:
+        """A capture, or the reason why there is none, for every row id."""
+        try:
+            return self._capture(rows)
+        except DataError:
+            pass  # some row is bad: look at each by itself
+        found: dict[str, Capture | str] = {}
+        good: list[ContrastRow] = []
         for row in rows:
             try:
                 if len(self._engine.prompts.prompt_tokens(row.prompt)) < 2:
                     raise DataError("one token only, and the first is never pooled: too short")
-                usable.append(row)
+                good.append(row)
             except DataError as error:
-                captured[row.prompt.prompt_id] = (b"", b"", 0, str(error))
-        for capture in self._engine.capture(self._requests(usable)) if usable else ():
-            mean = capture.mean.astype(np.float16)
-            reason = "" if np.isfinite(mean).all() else "activations do not fit float16"
-            captured[capture.request_id] = (
-                mean.tobytes(),
-                capture.norm.tobytes(),
-                capture.tokens,
-                reason,
-            )
-        info = self._engine.info
-        picked = [captured[row.prompt.prompt_id] for row in rows]
+                found[row.prompt.prompt_id] = str(error)
+        try:
+            return found | (self._capture(good) if good else {})
+        except DataError:
+            pass  # too long, or nothing to pool over: known only to the engine
+        for row in good:
+            try:
+                found |= self._capture([row])
+            except DataError as error:
+                found[row.prompt.prompt_id] = str(error)
+        return found
+
+    def _capture(self, rows: Sequence[ContrastRow]) -> dict[str, Capture | str]:
         return {
-            "row_id": [row.prompt.prompt_id for row in rows],
-            "source": [row.source for row in rows],
-            "side": [row.side.value for row in rows],
-            "mean": [item[0] for item in picked],
-            "norm": [item[1] for item in picked],
-            "tokens": [item[2] for item in picked],
-            "reason": [item[3] for item in picked],
-            "model": [json.dumps(asdict(info))] * len(rows),
+            capture.request_id: capture for capture in self._engine.capture(self._requests(rows))
         }
 
     def _requests(self, rows: Sequence[ContrastRow]) -> list[CaptureRequest]:
-        generations = {
-            rollout.request_id: rollout.token_ids
-            for rollout in self._engine.generate(
-                [
-                    GenerateRequest(
-                        request_id=row.prompt.prompt_id,
-                        prompt=row.prompt,
-                        sampling=Sampling(max_tokens=_CALIBRATION_TOKENS, seed=0),
-                    )
-                    for row in rows
-                    if row.source == CALIBRATION
-                ]
+        wanted = [
+            GenerateRequest(
+                request_id=row.prompt.prompt_id,
+                prompt=row.prompt,
+                sampling=Sampling(max_tokens=_CALIBRATION_TOKENS, seed=0),
             )
-        }
+            for row in rows
+            if row.source == CALIBRATION
+        ]
+        answers = self._engine.generate(wanted) if wanted else []
+        generations = {rollout.request_id: rollout.token_ids for rollout in answers}
         return [
             CaptureRequest(
                 request_id=row.prompt.prompt_id,
@@ -146,6 +131,31 @@ class ActivationExtractor:
         ]
 
 
+def _open_engine(model: str, revision: str | None, config: ExtractConfig) -> Any:
+    if config.backend == "vllm":
+        from spo.engines.vllm import VllmEngine
+
+        return VllmEngine(
+            model,
+            revision=revision,
+            dtype=config.dtype,
+            capture_rows=config.batch_size,
+            max_num_seqs=config.batch_size,
+            max_model_len=config.max_model_len,
+            kv_cache_gib=None if config.num_gpus else config.memory_gib,
+        )
+    from spo.engines.hf import HfEngine
+
+    engine: Engine = HfEngine(
+        model,
+        revision=revision,
+        dtype=config.dtype,
+        device="cuda" if config.num_gpus else "cpu",
+        batch_size=config.batch_size,
+    )
+    return engine
+
+
 def extract(
     rows: Sequence[ContrastRow],
     folder: Path,
@@ -155,119 +165,116 @@ def extract(
     config: ExtractConfig,
     digest: str,
 ) -> Path:
-    """Write the activations of all rows to `folder`; a finished folder of the same digest is kept.
+    """Write the activations of all rows to `folder`.
+
+    A finished folder of the same digest is kept; an unfinished or damaged one is completed.
 
     Raises:
         DataError: two rows share an id, there are none, or the folder is of another configuration.
         StageError: Ray Data failed, or rows are missing afterwards.
     """
-    import ray
-
     _check_rows(rows)
-    manifest_path = folder / _MANIFEST
-    if manifest_path.is_file():
-        found = json.loads(manifest_path.read_text())["digest"]
-        if found == digest:
-            return folder
-        raise DataError(
-            f"{folder} holds activations of configuration {found}, this run is {digest}; "
-            "choose another run name or delete the folder"
-        )
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "input").mkdir(parents=True)
-    texts = [row_to_json(row) for row in rows]
-    pq.write_table(pa.table({"row": texts}), folder / "input" / "rows.parquet")
-    dataset = ray.data.read_parquet(str(folder / "input")).repartition(
-        target_num_rows_per_block=config.batch_size * 4
-    )
-    mapped = dataset.map_batches(
-        ActivationExtractor,
-        fn_constructor_kwargs={"model": model, "revision": revision, "config": config},
-        batch_size=config.batch_size,
-        compute=ray.data.ActorPoolStrategy(size=config.workers),
-        num_cpus=1,
-        num_gpus=config.num_gpus or None,
-    )
-    try:
-        mapped.write_parquet(str(folder / "activations"))
-    except ray.exceptions.RayError as error:
-        raise StageError(f"extraction failed: {error}") from error
+    _check_digest(folder, digest)
+    if _is_whole(folder):
+        return folder
+    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / DATA).mkdir(parents=True, exist_ok=True)
+    state = {"digest": digest, "rows": len(rows)}
+    write_atomic(folder / _STARTED, json.dumps(state).encode())
+    _reconcile(folder)
+    _write_input(rows, folder)
+    _run(folder, model, revision, config)
     _finish(folder, rows, config, digest)
     return folder
 
 
-def load_activations(folder: Path, weights: Mapping[str, float]) -> Activations:
-    """Read a finished extraction.
+def _run(folder: Path, model: str, revision: str | None, config: ExtractConfig) -> None:
+    import ray
 
-    Args:
-        folder: folder that `extract` finished.
-        weights: weight of each source; sources without one count 1.
+    with _checkpointing(folder / "checkpoint", config):
+        dataset = ray.data.read_parquet(str(folder / "input"), columns=["row_id", "row"])
+        mapped = dataset.repartition(target_num_rows_per_block=config.rows_per_block).map_batches(
+            ActivationExtractor,
+            fn_constructor_kwargs={"model": model, "revision": revision, "config": config},
+            batch_size=config.rows_per_block,
+            compute=ray.data.ActorPoolStrategy(size=config.workers),
+            num_cpus=1,
+            num_gpus=config.num_gpus or None,
+        )
+        try:
+            mapped.write_parquet(str(folder / DATA))
+        except (ray.exceptions.RayError, OSError) as error:
+            raise StageError(f"extraction failed: {_cause(error)}") from error
 
-    Raises:
-        DataError: the folder is unfinished, or a Parquet file is damaged.
-    """
-    manifest_path = folder / _MANIFEST
-    if not manifest_path.is_file():
-        raise DataError(f"{folder} holds no finished extraction; run jobs.extract first")
-    manifest = json.loads(manifest_path.read_text())
+
+@contextmanager
+def _checkpointing(path: Path, config: ExtractConfig) -> Iterator[None]:
+    """Ray Data's checkpoint, for the run inside only."""
+    import ray.data
+    from ray.data.checkpoint import CheckpointConfig
+
+    context = ray.data.DataContext.get_current()
+    before = (context.checkpoint_config, context.execution_no_progress_timeout_s)
+    context.checkpoint_config = CheckpointConfig(
+        id_column="row_id", checkpoint_path=str(path), delete_checkpoint_on_success=False
+    )
+    context.execution_no_progress_timeout_s = config.stall_timeout_s
     try:
-        table = pq.read_table(folder / "activations")
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"{folder / 'activations'} cannot be read ({error}); a file is damaged or cut short: "
-            "delete the folder and run jobs.extract again"
-        ) from error
-    rows = table.sort_by("row_id").to_pylist()
-    model = json.loads(rows[0]["model"])
-    layers = tuple(manifest["layers"])
-    shape = (len(layers), model["hidden_size"])
-    usable = [row for row in rows if not row["reason"]]
-    calibration = [row for row in usable if row["source"] == CALIBRATION]
-    if not calibration:
-        raise DataError("no calibration row could be used; see the quarantined rows' reasons")
-    norms = np.stack([np.frombuffer(row["norm"], dtype=np.float32) for row in calibration])
-    sources = sorted({row["source"] for row in usable} - {CALIBRATION})
-    return Activations(
-        contrasts=tuple(
-            _contrast(source, usable, shape, weights.get(source, 1.0)) for source in sources
-        ),
-        layers=layers,
-        calibration=_means(calibration, shape).mean(axis=0),
-        mean_norms=norms.mean(axis=0),
-        num_layers=model["num_layers"],
-        model_id=model["model_id"],
-        model_revision=model["model_revision"],
-        data_sha256=manifest["data_sha256"],
-        quarantined=tuple(
-            QuarantinedRow(row_id=row["row_id"], reason=row["reason"])
-            for row in rows
-            if row["reason"]
-        ),
+        yield
+    finally:
+        context.checkpoint_config, context.execution_no_progress_timeout_s = before
+
+
+def _reconcile(folder: Path) -> None:
+    """Make files and checkpoint agree: each committed id has a readable file, and the reverse."""
+    (folder / "checkpoint").mkdir(exist_ok=True)
+    committed = [p for p in (folder / "checkpoint").iterdir() if _is_committed(p)]
+    data = {path: _readable(path) for path in (folder / DATA).iterdir()}
+    for path, readable in data.items():
+        # Ray names data files after their checkpoint file. Pending ones it cleans up itself.
+        owned = any(path.name.startswith(mark.stem) for mark in committed)
+        if not readable or not owned:
+            path.unlink()
+    left = [path.name for path in (folder / DATA).iterdir()]
+    for mark in committed:
+        if not _readable(mark) or not any(name.startswith(mark.stem) for name in left):
+            for name in left:
+                if name.startswith(mark.stem):
+                    (folder / DATA / name).unlink()
+            mark.unlink()
+
+
+def _is_committed(path: Path) -> bool:
+    return path.suffix == ".parquet" and not path.name.endswith(".pending.parquet")
+
+
+def _readable(path: Path) -> bool:
+    """Whether the whole of a Parquet file can be read."""
+    try:
+        with pq.ParquetFile(path) as file:
+            for _ in file.iter_batches(columns=["row_id"]):
+                pass
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return True
+
+
+def _write_input(rows: Sequence[ContrastRow], folder: Path) -> None:
+    """All rows, those of similar length beside each other, the longest first."""
+    shutil.rmtree(folder / "input", ignore_errors=True)
+    (folder / "input").mkdir()
+    ordered = sorted(
+        rows,
+        key=lambda r: (r.source == CALIBRATION, r.prompt.image is not None, len(r.prompt.text)),
+        reverse=True,
     )
-
-
-def digest_of_rows(rows: Sequence[ContrastRow]) -> str:
-    """Content hash of all rows, whatever their order."""
-    return hashlib.sha256("\n".join(sorted(map(row_to_json, rows))).encode()).hexdigest()
-
-
-def row_to_json(row: ContrastRow) -> str:
-    """One row as JSON text."""
-    return json.dumps(asdict(row))
-
-
-def row_from_json(text: str) -> ContrastRow:
-    """Inverse of `row_to_json`."""
-    content = json.loads(text)
-    prompt = content["prompt"]
-    for name, kind in (("kind", PromptKind), ("format", PromptFormat), ("split", Split)):
-        prompt[name] = kind(prompt[name])
-    return ContrastRow(
-        source=content["source"],
-        side=Side(content["side"]),
-        prompt=Prompt(**prompt),
-        positions=Positions(content["positions"]),
+    table = pa.table(
+        {
+            "row_id": [row.prompt.prompt_id for row in ordered],
+            "row": [row_to_json(row) for row in ordered],
+        }
     )
+    pq.write_table(table, folder / "input" / "rows.parquet")
 
 
 def _check_rows(rows: Sequence[ContrastRow]) -> None:
@@ -279,15 +286,39 @@ def _check_rows(rows: Sequence[ContrastRow]) -> None:
         )
 
 
+def _check_digest(folder: Path, digest: str) -> None:
+    for name in (MANIFEST, _STARTED):
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text())["digest"]
+            if found != digest:
+                raise DataError(
+                    f"{folder} holds activations of configuration {found}, this run is {digest}; "
+                    "choose another run name or delete the folder"
+                )
+
+
+def _is_whole(folder: Path) -> bool:
+    """Finished, and every file still has its size."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    paths = {folder / DATA / name: size for name, size in files.items()}
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+
 def _finish(folder: Path, rows: Sequence[ContrastRow], config: ExtractConfig, digest: str) -> None:
     """Count what was written and seal the folder with its manifest."""
-    table = pq.read_table(folder / "activations", columns=["row_id", "reason", "model"])
+    files = sorted((folder / DATA).glob("*.parquet"))
+    columns = ["row_id", "reason", "model"]
+    table = pa.concat_tables(pq.read_table(path, columns=columns) for path in files)
     written = Counter(table["row_id"].to_pylist())
     wanted = {row.prompt.prompt_id for row in rows}
     if set(written) != wanted or max(written.values()) > 1:
         raise StageError(
             f"extraction wrote {sum(written.values())} rows for {len(wanted)} ids; run it again"
         )
+    if not any(_is_committed(path) for path in (folder / "checkpoint").iterdir()):
+        raise StageError("Ray Data kept no checkpoint of this extraction; it could not be resumed")
     reasons = table["reason"].to_pylist()
     if all(reasons):
         raise DataError(f"no row could be used; first reason: {reasons[0]}")
@@ -296,32 +327,30 @@ def _finish(folder: Path, rows: Sequence[ContrastRow], config: ExtractConfig, di
         "digest": digest,
         "rows": len(rows),
         "quarantined": sum(bool(reason) for reason in reasons),
+        "sources": sorted({row.source for row in rows} - {CALIBRATION}),
         "layers": list(config.layers or range(model["num_layers"])),
+        "storage": config.storage,
         "data_sha256": digest_of_rows(rows),
         "model": model,
+        "files": {path.name: path.stat().st_size for path in files},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    write_atomic(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+    shutil.rmtree(folder / "input", ignore_errors=True)
 
 
-def _contrast(
-    source: str, rows: Sequence[Mapping[str, Any]], shape: tuple[int, int], weight: float
-) -> Contrast:
-    sides = {
-        side: [row for row in rows if row["source"] == source and row["side"] == side.value]
-        for side in Side
-    }
-    return Contrast(
-        source=source,
-        weight=weight,
-        harm=_means(sides[Side.HARM], shape),
-        safe=_means(sides[Side.SAFE], shape),
-        harm_ids=[row["row_id"] for row in sides[Side.HARM]],
-        safe_ids=[row["row_id"] for row in sides[Side.SAFE]],
-    )
-
-
-def _means(rows: Sequence[Mapping[str, Any]], shape: tuple[int, int]) -> NDArray[np.float32]:
-    if not rows:
-        return np.zeros((0, *shape), dtype=np.float32)
-    flat = [np.frombuffer(row["mean"], dtype=np.float16).reshape(shape) for row in rows]
-    return np.stack(flat).astype(np.float32)
+def _cause(error: BaseException) -> str:
+    """What a person needs of an error that crossed Ray."""
+    text = str(error)
+    if "No space left on device" in text:
+        return (
+            "the disk is full (No space left on device); make room and run the same command: it "
+            "goes on where it stopped"
+        )
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, SpoError):
+            return str(seen)
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

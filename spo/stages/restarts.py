@@ -11,6 +11,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from spo.errors import SpoError
 
+_PING_S = 5.0
+
 
 def await_back(
     ping: Callable[[], Any], *, timeout_s: float, what: str, error_type: type[SpoError]
@@ -26,7 +28,8 @@ def await_back(
     end = time.monotonic() + timeout_s
     while True:
         try:
-            ray.get(ping(), timeout=max(1.0, end - time.monotonic()))
+            # Short, and asked again: a ping that met the dying process is never answered.
+            ray.get(ping(), timeout=min(_PING_S, max(1.0, end - time.monotonic())))
             return
         except (ActorUnavailableError, GetTimeoutError) as error:
             if time.monotonic() > end:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -14,44 +19,136 @@ from spo.engines.processing import load_image
 from spo.errors import ScorerError, StageError
 from spo.records import PromptKind, Rollout
 from spo.scorers.alignment import AlignmentScorer
+from spo.scorers.crosscheck import CrossCheck, ProfanityCheck
 from spo.scorers.toxicity import ToxicityScorer
 from spo.stages.restarts import await_back
 
+_LOG = logging.getLogger(__name__)
 _MAX_TRIES = 3
 
 
 class ScorerActor:
-    """Both reward models in one process.
+    """All reward models in one process. Calls of several callers are scored together.
 
     Args:
         toxicity: arguments of `ToxicityScorer`.
         alignment: arguments of `AlignmentScorer`.
+        config: batch sizes, and which cross-check.
     """
 
-    def __init__(self, toxicity: dict[str, Any], alignment: dict[str, Any]) -> None:
-        self._toxicity = ToxicityScorer(**toxicity)
-        self._alignment = AlignmentScorer(**alignment)
+    def __init__(
+        self, toxicity: dict[str, Any], alignment: dict[str, Any], config: RewardConfig
+    ) -> None:
+        device = "cuda" if config.num_gpus else "cpu"
+        self._toxicity = ToxicityScorer(**toxicity, device=device)
+        self._alignment = AlignmentScorer(**alignment, device=device)
+        self._crosscheck: CrossCheck | None = (
+            ProfanityCheck() if config.crosscheck == "profanity" else None
+        )
+        self._gathered = MicroBatcher(
+            self._score, max_items=config.batch_size, max_wait_s=config.batch_wait_s
+        )
 
     def score(self, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
-        """Raw scores of each rollout; alignment where the prompt is benign and has a picture."""
-        scores = [
-            {"toxicity": values["toxicity"]}
-            for values in self._toxicity.score([rollout.text for rollout in rollouts])
-        ]
+        """Raw scores of each rollout; alignment where the prompt is benign and has a picture.
+
+        A rollout that a model cannot score gets NaN and does not spoil the others.
+        """
+        return self._gathered.call(rollouts)
+
+    def _score(self, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
+        try:
+            return self._score_together(rollouts)
+        except ScorerError as error:
+            if len(rollouts) == 1:
+                _LOG.warning("no score for %r: %s", rollouts[0].request_id, error)
+                return [{"toxicity": math.nan}]
+            return [self._score([rollout])[0] for rollout in rollouts]
+
+    def _score_together(self, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
+        texts = [rollout.text for rollout in rollouts]
+        scores = [{"toxicity": values["toxicity"]} for values in self._toxicity.score(texts)]
+        if self._crosscheck is not None:
+            for values, second in zip(scores, self._crosscheck.score(texts), strict=True):
+                values["crosscheck"] = second
         pictured = [
             i
             for i, rollout in enumerate(rollouts)
             if rollout.prompt.kind is PromptKind.BENIGN and rollout.prompt.image
         ]
         images = [load_image(str(rollouts[i].prompt.image)) for i in pictured]
-        texts = [rollouts[i].text for i in pictured]
-        for i, value in zip(pictured, self._alignment.score(images, texts), strict=True):
+        aligned = self._alignment.score(images, [texts[i] for i in pictured])
+        for i, value in zip(pictured, aligned, strict=True):
             scores[i]["alignment"] = value
         return scores
 
     def ready(self) -> bool:
         """Answers once both models are loaded."""
         return True
+
+    def process_id(self) -> int:
+        """Process of the actor."""
+        return os.getpid()
+
+
+class MicroBatcher:
+    """Joins calls of several threads into one call of a function.
+
+    Args:
+        function: takes a list of items, gives a list of results.
+        max_items: largest joined call; a single call may be larger.
+        max_wait_s: how long the first of them waits for more; 0 joins nothing.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Sequence[Any]], list[Any]],
+        *,
+        max_items: int,
+        max_wait_s: float,
+    ) -> None:
+        self._function = function
+        self._max_items = max_items
+        self._max_wait_s = max_wait_s
+        self._waiting: list[tuple[Sequence[Any], Future[list[Any]]]] = []
+        self._changed = threading.Condition()
+        self._turn = threading.Lock()
+
+    def call(self, items: Sequence[Any]) -> list[Any]:
+        """Results of these items, in order."""
+        mine: Future[list[Any]] = Future()
+        with self._changed:
+            self._waiting.append((items, mine))
+            self._changed.notify_all()
+        with self._turn:
+            while not mine.done():
+                self._run(self._take())
+        return mine.result()
+
+    def _take(self) -> list[tuple[Sequence[Any], Future[list[Any]]]]:
+        with self._changed:
+            end = time.monotonic() + self._max_wait_s
+            while sum(len(items) for items, _ in self._waiting) < self._max_items:
+                if not self._changed.wait(end - time.monotonic()) or time.monotonic() >= end:
+                    break
+            taken = [self._waiting.pop(0)]
+            size = len(taken[0][0])
+            while self._max_wait_s and self._waiting:
+                size += len(self._waiting[0][0])
+                if size > self._max_items:
+                    break
+                taken.append(self._waiting.pop(0))
+            return taken
+
+    def _run(self, calls: Sequence[tuple[Sequence[Any], Future[list[Any]]]]) -> None:
+        try:
+            results = iter(self._function([item for items, _ in calls for item in items]))
+        except Exception as error:  # noqa: BLE001 every joined caller gets it, and raises
+            for _, future in calls:
+                future.set_exception(error)
+            return
+        for items, future in calls:
+            future.set_result([next(results) for _ in items])
 
 
 class RewardPool:
@@ -73,8 +170,14 @@ class RewardPool:
         """Start the scorers as named actors and wait until their models are loaded."""
         actors = [
             ray.remote(ScorerActor)
-            .options(name=f"{prefix}-scorer-{i}", num_cpus=0.5, max_restarts=3)
-            .remote(toxicity, alignment)
+            .options(
+                name=f"{prefix}-scorer-{i}",
+                num_cpus=0.5,
+                num_gpus=config.num_gpus,
+                max_restarts=3,
+                max_concurrency=64,
+            )
+            .remote(toxicity, alignment, config)
             for i in range(config.replicas)
         ]
         try:

@@ -21,10 +21,11 @@ from ray.serve.config import AutoscalingConfig
 
 from spo.artifact import SteeringArtifact
 from spo.config import EngineConfig
+from spo.config_serve import ServeConfig
 from spo.engines.chat import ChatAnswer, ChatDelta, ChatEngine, ChatRequest, PlainChatEngine
 from spo.engines.factory import open_engine
+from spo.engines.vllm_plugin.slots import KEPT_VERSIONS
 from spo.records import Operator, Positions
-from spo.serve_config import ServeConfig
 from spo.serving.app import build_app
 from spo.serving.host import EngineHost
 from spo.serving.keys import Key, KeyRing
@@ -69,20 +70,21 @@ async def open_chat_engine(settings: ServeSettings) -> ChatEngine:
         dtype=engine.dtype,
         slots=limits.slots,
         capture_rows=0,
-        max_dose=limits.max_dose,
         max_model_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
         kv_cache_gib=None if engine.num_gpus else engine.memory_gib,
         gpu_memory_utilization=engine.gpu_memory_utilization if engine.num_gpus else None,
         seed=settings.seed,
-        engine_options=dict(limits.engine_options),
+        engine_options={
+            "limit_mm_per_prompt": {"image": limits.max_images, "video": 0},
+            **limits.engine_options,
+        },
     )
-    return await VllmChatEngine.start(
-        settings.model,
-        revision=settings.revision,
-        settings=vllm,
-        stream_interval_s=limits.stream_interval_ms / 1e3,
-    )
+    chat = await VllmChatEngine.start(settings.model, revision=settings.revision, settings=vllm)
+    chat.stream_interval_s = limits.stream_interval_ms / 1e3
+    # The start-up canary needs a stronger dose than requests may ask for.
+    chat.desk.max_dose = limits.max_dose
+    return chat
 
 
 class Registry:
@@ -93,8 +95,8 @@ class Registry:
         self._vectors = VectorRegistry(
             settings.state_dir,
             keep_versions=limits.keep_versions,
-            # Two slots stay free: one for the start-up canary, one for a version on its way in.
-            max_names=limits.slots - 2,
+            # Engines keep so many versions of each name; one place is the start-up canary's.
+            max_names=limits.slots // KEPT_VERSIONS - 1,
         )
         for name, folder in settings.artifacts.items():
             artifact = SteeringArtifact.load(folder, model_id=None)

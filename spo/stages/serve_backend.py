@@ -15,9 +15,9 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 
+from spo.config_serve import ServeConfig
 from spo.engines.chat import ChatAnswer, ChatDelta, ChatRequest
 from spo.errors import EngineError, SpoError
-from spo.serve_config import ServeConfig
 from spo.serving.host import check_receipt
 from spo.serving.problems import Problem
 from spo.serving.registry import Snapshot

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from spo.engines.base import LogprobRequest
-from spo.engines.vllm_plugin import op
+from spo.engines.vllm_async import AsyncVllmEngine
 from spo.engines.vllm_plugin.launch import VllmSettings, start_llm, stop_llm
+from spo.errors import SteeringError
 from spo.records import GenerateRequest, Operator, Sampling, SteeringSpec
 from tests.parity.conftest import make_prompt, make_vector
 
@@ -41,11 +44,9 @@ def test_a_plain_engine_s_compile_cache_does_not_unsteer_the_next(engines, tiny_
     _equals_reference(vllm, hf, make_prompt("tell me of it", picture))
 
 
-def test_the_traced_formula_equals_the_reference_when_compiled(engines, picture, monkeypatch):
-    """What a GPU compiles, compiled for the CPU: three lanes, all operators."""
-    engines.close()
-    monkeypatch.setattr(op, "OPAQUE_DEVICES", frozenset())
-    vllm, hf = engines("llava", enforce_eager=False, lanes=3)
+def test_the_traced_formula_equals_the_reference_when_compiled(engines, picture):
+    """The form that Inductor fuses, compiled for the CPU: three lanes, all operators."""
+    vllm, hf = engines("llava", enforce_eager=False, lanes=3, body="traced")
     _equals_reference(vllm, hf, make_prompt("tell me of it", picture))
     engines.close()
 
@@ -55,3 +56,56 @@ def test_two_tensor_parallel_ranks_equal_the_reference(engines, picture, monkeyp
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     vllm, hf = engines("llava", tensor_parallel_size=2)
     _equals_reference(vllm, hf, make_prompt("tell me of it", picture))
+
+
+def test_the_asyncio_engine_mixes_publishes_and_refuses_like_the_other(engines, picture):
+    """`AsyncLLM` in its own process: compared with the Hugging Face reference."""
+    vllm, hf = engines("llava")
+    path, prompt = vllm.session.llm.model_config.model, make_prompt("tell me of it", picture)
+    old, new = make_vector(vllm.info, 1), make_vector(vllm.info, 2)
+    specs = [
+        None,
+        SteeringSpec(vector="a", version=1),
+        SteeringSpec(vector="a", version=1, operator=Operator.ADAPTIVE),
+        SteeringSpec(vector="a", version=1, coefficient=0.25),
+    ]
+
+    def ask(spec, tokens=6):
+        sampling = Sampling(max_tokens=tokens, temperature=0.0)
+        return GenerateRequest(request_id="r", prompt=prompt, sampling=sampling, steering=spec)
+
+    async def talk():
+        engine = await AsyncVllmEngine.start(
+            path, dtype="float32", max_model_len=512, kv_cache_gib=0.05, slots=2
+        )
+        try:
+            await engine.publish("a", old, 1)
+            together = await asyncio.gather(*(engine.generate(ask(spec)) for spec in specs))
+            running = engine.stream(ask(specs[1], 40))
+            first = await anext(running)
+            await engine.publish("a", new, 2)
+            newer = await engine.generate(ask(SteeringSpec(vector="a", version=2)))
+            with pytest.raises(SteeringError, match="slots are taken"):
+                await engine.publish("b", new, 1)
+            with pytest.raises(SteeringError, match="it holds"):
+                await engine.generate(ask(SteeringSpec(vector="nobody", version=1)))
+            *_, slow = [first, *[piece async for piece in running]]
+            cut = engine.stream(ask(specs[1], 40))
+            await anext(cut)
+            await cut.aclose()
+            await engine.publish("b", new, 1)  # nothing holds the old version any more
+            return together, slow, newer
+        finally:
+            engine.close()
+
+    together, slow, newer = asyncio.run(talk())
+    for engine_vector, version in ((old, 1), (new, 2)):
+        hf.publish("a", engine_vector, version)
+    assert (slow.receipt.version, newer.receipt.version) == (1, 2)
+    later = SteeringSpec(vector="a", version=2)
+    for rollout, spec in zip([*together, slow, newer], [*specs, specs[1], later], strict=True):
+        scored = LogprobRequest(
+            request_id="r", prompt=prompt, token_ids=rollout.token_ids, steering=spec
+        )
+        assert rollout.logprob == pytest.approx(sum(hf.logprobs([scored])[0]), abs=1e-3)
+        assert (rollout.receipt is None) == (spec is None)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from spo.algorithms.objectives import OBJECTIVES
 from spo.config import LearnConfig, RewardConfig, RolloutConfig, SteeringConfig
 from spo.engines.fake import WORDS, FakeEngine
 from spo.errors import DataError, StageError
-from spo.pipeline import train
 from spo.records import Batch, Operator, Prompt, PromptFormat, PromptKind, Rollout
-from spo.stages.coordinator import Coordinator
-from spo.stages.learn import Update, VectorLearner
+from spo.refine import train
+from spo.stages.coordinator import Coordinator, Settings
+from spo.stages.learner import Update, VectorLearner
+from spo.stages.ledger import Ledger
+from spo.stages.observe import Recorder
+from spo.stages.schedule import Schedule
 from spo.vector import SteeringVector
 
 STEERING = SteeringConfig(operator=Operator.ADD, coefficient=1.0)
@@ -63,18 +70,54 @@ def start_vector(engine: FakeEngine, seed: int = 0) -> SteeringVector:
     )
 
 
+ROLLOUT = RolloutConfig(
+    harm_prompts=4, benign_prompts=2, group_size=4, max_tokens=8, max_staleness=0
+)
+
+
+class Sync:
+    """A coordinator on an event loop of its own, called from plain code."""
+
+    def __init__(self, inner: Coordinator) -> None:
+        self.inner = inner
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+
+    def batch(self, step: int, vector: SteeringVector, rank: int = 0) -> Batch:
+        made = self.inner.batch(step, vector, rank=rank)
+        return asyncio.run_coroutine_threadsafe(made, self._loop).result(timeout=60)
+
+    def record(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        async def call() -> dict[str, Any]:
+            return self.inner.record(figures)
+
+        return asyncio.run_coroutine_threadsafe(call(), self._loop).result(timeout=60)
+
+
 def coordinator(
-    engine: FakeEngine, scorer: object = None, history: Path | None = None
-) -> Coordinator:
-    return Coordinator(
-        prompts(),
-        rollouts=engine,
-        scorer=scorer or WordScorer(),  # type: ignore[arg-type]
-        steering=STEERING,
-        rollout=RolloutConfig(harm_prompts=4, benign_prompts=2, group_size=4, max_tokens=8),
-        reward=RewardConfig(),
-        seed=0,
-        history=history,
+    engine: Any,
+    scorer: object = None,
+    history: Path | None = None,
+    ledger: Path | None = None,
+    informative: Callable[[Sequence[float]], bool] = lambda rewards: True,
+    **changes: Any,
+) -> Sync:
+    rollout = ROLLOUT.model_copy(update=changes)
+    return Sync(
+        Coordinator(
+            Schedule(prompts(), rollout, seed=0),
+            engine,
+            scorer or WordScorer(),  # type: ignore[arg-type]
+            Settings(
+                steering=STEERING,
+                rollout=rollout,
+                reward=RewardConfig(),
+                steps=50,
+                informative=informative,
+            ),
+            ledger=Ledger(ledger),
+            recorder=Recorder(RewardConfig(), history=history),
+        )
     )
 
 
@@ -85,12 +128,15 @@ def learner(engine: FakeEngine, objective: str = "rloo") -> VectorLearner:
         kl_weight=0.01,
         kl_weight_harm=0.0,
         beta=0.5,
+        gamma=0.5,
+        clip=0.2,
+        max_kl=10.0,
         max_grad_norm=100.0,
     )
     return VectorLearner(engine, start_vector(engine), steering=STEERING, config=config)
 
 
-@pytest.mark.parametrize("objective", ["rloo", "dpo"])
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_loop_finds_the_planted_harm_direction(objective: str) -> None:
     engine = FakeEngine()
     made = coordinator(engine)
@@ -162,8 +208,8 @@ def test_replayed_step_gets_the_same_batch() -> None:
 
 
 def test_every_prompt_is_used_once_an_epoch() -> None:
-    made = coordinator(FakeEngine())
-    seen = [p.prompt_id for step in range(3) for p in made.prompts_of(step)]
+    made = Schedule(prompts(), ROLLOUT, seed=0)
+    seen = [made.slot(step, place, 0).prompt.prompt_id for step in range(3) for place in range(6)]
     harm = [name for name in seen if name.startswith("harm")]
     assert sorted(harm[:6]) == [f"harm{i}" for i in range(6)]
     assert sorted(harm[6:]) == [f"harm{i}" for i in range(6)]
@@ -190,7 +236,8 @@ def test_history_joins_batch_and_learner_figures(tmp_path: Path) -> None:
     made.record({"step": 0, "loss": update.loss, "learn_s": 1.5})
     line = json.loads(path.read_text())
     assert line["seconds"]["learn"] == 1.5
-    assert set(line["seconds"]) == {"rollout", "score", "learn"}
+    assert set(line["seconds"]) >= {"rollout", "score", "learn", "engine_idle", "wait_rollout"}
+    assert line["ledger"]["consumed"] == 24
     assert 0 <= line["reward_parts"]["toxicity_harm"] <= 1
     assert update.logprob_gap == pytest.approx(0.0, abs=1e-5)
 
@@ -206,18 +253,10 @@ def test_norm_cap_holds() -> None:
 def test_training_without_benign_prompts_is_refused() -> None:
     harmful = [p for p in prompts() if p.kind is PromptKind.HARM]
     with pytest.raises(DataError, match="needs harmful and benign prompts, got 6 and 0"):
-        Coordinator(
-            harmful,
-            rollouts=FakeEngine(),
-            scorer=WordScorer(),
-            steering=STEERING,
-            rollout=RolloutConfig(),
-            reward=RewardConfig(),
-            seed=0,
-        )
+        Schedule(harmful, RolloutConfig(), seed=0)
 
 
-@pytest.mark.parametrize("objective", ["rloo", "dpo"])
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_the_step_depends_neither_on_micro_batches_nor_on_the_number_of_workers(
     objective: str,
 ) -> None:

@@ -1,181 +1,285 @@
-"""Throughput of the engine: plain vLLM against ours, side by side on one machine.
+"""Throughput of the engine: plain vLLM against ours, side by side on one card.
 
-One process for each engine, all resident at once and used in turns, so that a comparison is a pair
-of runs seconds apart. Canary and receipts come first: a fast engine that does not steer counts for
-nothing. The parent (`run`) talks to its children in JSON lines.
+One process for each engine, all of a model resident on the same card and used in turns, the order
+turning with every repeat, so that a share is the median over pairs of runs seconds apart. Several
+cards measure several models at once. Canary and receipts come first: a fast engine that does not
+steer counts for nothing. The parent (`run`) talks to its children in JSON lines.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import queue
-import subprocess
-import sys
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
-from typing import IO, Any
+from typing import Any
 
+from spo.engines.vllm_plugin.bench_process import EngineProcess
+from spo.engines.vllm_plugin.bench_result import BenchResult, Measure, Workload
 from spo.errors import EngineError
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "models": [
-            {"shape": "llava-tiny", "kv_cache_gib": 0.1, "lanes": 1},
-            {"shape": "qwen2.5-vl-tiny", "kv_cache_gib": 0.1, "lanes": 3},
-        ],
-        "batches": [8, 1],
-        "tokens": 8,
-        "pairs": 8,
-        "dtype": "float32",
-        "options": {"limit_mm_per_prompt": {"image": 1, "video": 0}},
-        "image": 56,
-        "eager": True,
+_TINY: dict[str, Any] = {
+    "batches": [8, 1],
+    "runs": {8: 1, 1: 2},
+    "tokens": 8,
+    "pairs": 8,
+    "lanes": 3,
+    "dtype": "float32",
+    "options": {"limit_mm_per_prompt": {"image": 1, "video": 0}},
+    "image": 56,
+    "check_shape": "llava-tiny",
+    "check_kv_cache_gib": 0.1,
+    "eager": True,
+    "engines": ["plain", "kernel"],
+}
+_H200: dict[str, Any] = {
+    "batches": [1, 64, 256],
+    "runs": {1: 6, 64: 2, 256: 1},
+    "tokens": 128,
+    "pairs": 256,
+    "lanes": 3,
+    "dtype": "bfloat16",
+    "options": {
+        "limit_mm_per_prompt": {"image": 1, "video": 0},
+        "gpu_memory_utilization": 0.1,
     },
-    "h200": {
-        "models": [
-            {"shape": "qwen2.5-vl-7b", "kv_cache_gib": 7.5, "lanes": 3},
-            {"shape": "llava-1.5-7b", "kv_cache_gib": 20.0, "lanes": 1},
-        ],
-        "batches": [256, 64, 1],
-        "tokens": 128,
-        "pairs": 256,
-        "dtype": "bfloat16",
-        "options": {
-            "limit_mm_per_prompt": {"image": 1, "video": 0},
-            "gpu_memory_utilization": 0.1,
-        },
-        "image": 448,
-        "eager": False,
+    "image": 448,
+    "check_shape": "llava-small",
+    "check_kv_cache_gib": 2.0,
+    "eager": False,
+    "engines": ["plain", "kernel"],
+}
+_TWO_RANKS: dict[str, Any] = {
+    "tensor_parallel": 2,
+    "steerings": ["add", "adaptive"],
+    "pairs": 8,
+    # NVLink multicast can take down a host that others share; both engines do without.
+    "environment": {
+        "NCCL_NVLS_ENABLE": "0",
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+        "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+        "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     },
 }
+_NO_FUSED_ALLREDUCE = {"compilation_config": {"pass_config": {"fuse_allreduce_rms": False}}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **_TINY,
+        "models": [
+            {"shape": "qwen2.5-vl-tiny", "kv_cache_gib": 0.2},
+        ],
+    },
+    "tiny-tp2": {
+        **_TINY,
+        **_TWO_RANKS,
+        "models": [{"shape": "qwen2.5-vl-tiny", "kv_cache_gib": 0.2}],
+    },
+    "h200": {
+        **_H200,
+        "models": [
+            # LLaVA has no grouped attention: 0.5 MB a token, so the cache holds a part of 256
+            # requests at a time; Qwen's holds them all.
+            {"shape": "llava-1.5-7b", "kv_cache_gib": 72.0},
+            {"shape": "qwen2.5-vl-7b", "kv_cache_gib": 30.0},
+        ],
+    },
+    "h200-tp2": {
+        **_H200,
+        **_TWO_RANKS,
+        "options": {**_H200["options"], **_NO_FUSED_ALLREDUCE},
+        "models": [{"shape": "llava-1.5-7b", "kv_cache_gib": 80.0}],
+    },
+}
+"""`kv_cache_gib` is shared by the engines of a model on one card."""
+STEERINGS = ("add", "adaptive", "pairs", "stacked")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """One thing to measure."""
-
-    name: str
-    """Row of the table."""
-    engine: str
-    """"plain" or "steered"."""
-    batch: int
-    steering: str = "none"
-    """none, add, adaptive, pairs (every request its own vector and coefficient), stacked."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measure:
-    """One timed run."""
-
-    model: str
-    workload: Workload
-    tokens_per_second: float
-    seconds: float
-    tokens: int
-
-
-@dataclass(slots=True, kw_only=True)
-class BenchResult:
-    """Everything that was seen."""
-
-    preset: str
-    facts: dict[str, Any] = field(default_factory=dict)
-    measures: list[Measure] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-
-    def write(self, path: Path) -> None:
-        """JSON, rewritten after every measure so that a killed run loses nothing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [asdict(measure) for measure in self.measures]
-        text = json.dumps(
-            {"preset": self.preset, "facts": self.facts, "measures": rows, "skipped": self.skipped},
-            indent=1,
-        )
-        path.write_text(text)
-
-    def table(self) -> str:
-        """Median tokens/s, and the share of plain vLLM at the same batch size."""
-        groups: dict[tuple[str, int, str], list[float]] = {}
-        for measure in self.measures:
-            key = (measure.model, measure.workload.batch, measure.workload.name)
-            groups.setdefault(key, []).append(measure.tokens_per_second)
-        lines = [
-            "| model | batch | engine | tokens/s | of plain | runs |",
-            "|---|---|---|---|---|---|",
-        ]
-        for (model, batch, name), values in groups.items():
-            plain = groups.get((model, batch, "plain vLLM"))
-            share = f"{median(values) / median(plain):.1%}" if plain else "?"
-            lines.append(
-                f"| {model} | {batch} | {name} | {median(values):,.0f} | {share} | {len(values)} |"
-            )
-        return "\n".join(lines)
-
-
-def workloads(batches: Sequence[int], lanes: int) -> list[Workload]:
-    """Everything measured for one model, plain and steered next to each other."""
+def workloads(batch: int, engines: Sequence[str], steerings: Sequence[str]) -> list[Workload]:
+    """Everything measured at one batch size, plain vLLM first."""
     made = []
-    for batch in batches:
-        made.append(Workload(name="plain vLLM", engine="plain", batch=batch))
-        made.append(Workload(name="plugin idle", engine="steered", batch=batch))
-        for steering in ("add", "adaptive", "pairs", *(["stacked"] if lanes > 1 else [])):
-            made.append(Workload(name=steering, engine="steered", batch=batch, steering=steering))
+    for engine in engines:
+        if engine == "plain":
+            made.append(Workload(engine=engine, batch=batch, steering="none"))
+            continue
+        made.append(Workload(engine=engine, batch=batch, steering="idle"))
+        # The form that is not the default only for comparison, so that time is left for the other.
+        few = [name for name in steerings if name in ("add", "adaptive")]
+        listed = few if engine == "traced" and "kernel" in engines else steerings
+        made += [Workload(engine=engine, batch=batch, steering=name) for name in listed]
     return made
 
 
-class _Child:
-    """A process that holds one engine."""
+class _Bench:
+    """Children, results and the clock of one run."""
 
-    def __init__(self, settings: Mapping[str, Any], log: IO[str]) -> None:
-        self.settings = settings
-        command = [sys.executable, "-m", "spo.engines.vllm_plugin.bench_engine"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-        self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
-        self.send({"start": dict(settings)})
+    def __init__(
+        self,
+        sizes: Mapping[str, Any],
+        output: Path,
+        result: BenchResult,
+        time_limit: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self.sizes = sizes
+        self.output = output
+        self.result = result
+        self.begin = time.monotonic()
+        self.deadline = self.begin + time_limit
+        self.children: dict[tuple[str, str], EngineProcess] = {}
+        self._say = say
+        self._lock = threading.Lock()
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """One request."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
+    def say(self, line: str) -> None:
+        """A progress line with the time."""
+        with self._lock:
+            self._say(f"{time.monotonic() - self.begin:6.1f} s  {line}")
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("@"):
-                self._answers.put(line[1:])
-        self._answers.put(None)
+    def left(self) -> float:
+        """Seconds until nothing new is measured."""
+        return self.deadline - time.monotonic()
 
-    def receive(self, timeout: float) -> dict[str, Any]:
-        """The next answer; EngineError when the child died, is late, or reports an error."""
-        name = f"{self.settings['shape']} {self.settings['engine']}"
+    def start(self, cards: Sequence[str]) -> None:
+        """Start every engine at once and wait for all."""
+        ranks = self.sizes.get("tensor_parallel", 1)
+        for number, model in enumerate(self.sizes["models"]):
+            engines = self.sizes["engines"]
+            card = cards[number % len(cards)] if cards and ranks == 1 else None
+            share = {"kv_cache_gib": model["kv_cache_gib"] / len(engines)}
+            for name in engines:
+                self._start_one(name, card, {**model, **share, "engine": name}, ranks)
+        steered = [name for name in self.sizes["engines"] if name != "plain"]
+        small = {
+            "shape": self.sizes["check_shape"],
+            "weights": True,
+            "kv_cache_gib": self.sizes["check_kv_cache_gib"],
+        }
+        first = cards[0] if cards else None
+        for name in steered[: 1 if ranks > 1 else None]:
+            self._start_one(f"{name}, checked", first, {**small, "engine": name}, 1)
+        if ranks > 1 and steered:
+            self._start_one("all ranks", None, {**small, "engine": steered[0]}, ranks)
+        for (shape, name), child in list(self.children.items()):
+            facts = self.ask(shape, name, None)
+            if facts is not None:
+                self.result.facts[f"{shape} {name}"] = facts
+                self._check(f"{shape} {name}", facts)
+                self.say(f"{shape} {name} {child.card}: {json.dumps(facts)}")
+        if ranks > 1 and steered:
+            self._compare_ranks(steered[0])
+        for key in [key for key in self.children if key[0] == self.sizes["check_shape"]]:
+            self.children.pop(key).stop()
+        self.write()
+
+    def _start_one(
+        self, name: str, card: str | None, changes: Mapping[str, Any], ranks: int
+    ) -> None:
+        shape = changes["shape"]
+        stem = f"{shape}-{name}".replace(" ", "-")
+        settings = {
+            **self.sizes,
+            **changes,
+            "tensor_parallel": ranks,
+            "folder": str(self.output / "models" / stem),
+        }
+        environment = dict(self.sizes.get("environment", {}))
+        if card is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = card
+        child = EngineProcess(settings, self.output / f"{stem}.log", environment)
+        self.children[shape, name] = child
+
+    def _check(self, name: str, facts: Mapping[str, Any]) -> None:
+        """A fast engine that steers wrongly or mixes its requests up counts for nothing."""
+        mixed = facts.get("mixed_batch")
+        if mixed and not mixed["largest gap"] < mixed["least effect of steering"] / 2:
+            self.result.failures.append(f"{name}: mixed batch unlike solo runs: {mixed}")
+        for operator, seen in facts.get("parity", {}).items():
+            if operator != "none" and not seen["mean gap"] < seen["mean effect"] / 4:
+                self.result.failures.append(f"{name}: {operator} unlike Transformers: {seen}")
+
+    def ask(
+        self, shape: str, name: str, message: Mapping[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """An answer of a child, or None; a child that fails is stopped and noted."""
+        child = self.children.get((shape, name))
+        if child is None:
+            return None
         try:
-            line = self._answers.get(timeout=max(timeout, 1.0))
-        except queue.Empty:
-            raise EngineError(f"{name} gave no answer within {timeout:.0f} s") from None
-        if line is None:
-            raise EngineError(f"the engine process of {name} died; see its log")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise EngineError(f"{name}: {answer['error']}")
-        return answer
+            if message is not None:
+                child.send(message)
+            return child.receive(self.left() + 30.0)
+        except (EngineError, OSError) as error:
+            with self._lock:
+                self.result.failures.append(f"{shape} {name}: {error}")
+                child.stop()
+                del self.children[shape, name]
+            self.say(f"{shape} {name} FAILED: {error}")
+            return None
 
-    def stop(self) -> None:
-        """End the process."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
+    def measure(self, models: Sequence[Mapping[str, Any]], repeats: int) -> None:
+        """All workloads of these models, until the repeats or the time are used up."""
+        for number in range(repeats):
+            for model in models:
+                for batch in self.sizes["batches"]:
+                    for run in range(self.sizes["runs"].get(batch, 1)):
+                        if self.left() <= 0:
+                            return
+                        self._turn(model["shape"], batch, f"{number}.{run}", number + run)
+
+    def _turn(self, shape: str, batch: int, turn: str, rotation: int) -> None:
+        engines = [name for name in self.sizes["engines"] if (shape, name) in self.children]
+        listed = workloads(batch, engines, self.sizes.get("steerings", STEERINGS))
+        shift = rotation % len(listed) if listed else 0
+        seen = []
+        for workload in listed[shift:] + listed[:shift]:
+            answer = self.ask(shape, workload.engine, {"measure": workload.to_wire()})
+            if answer is not None:
+                seen.append(Measure(model=shape, workload=workload, turn=turn, **answer))
+            if self.left() < -20.0:
+                break
+        with self._lock:
+            self.result.measures += seen
+        self.write()
+        shares = ", ".join(f"{m.workload.name} {m.tokens_per_second:,.0f}" for m in seen)
+        self.say(f"{shape} batch {batch} turn {turn}: {shares}")
+
+    def _compare_ranks(self, engine: str) -> None:
+        """Steered log-probabilities of one rank and of all."""
+        shape, names = self.sizes["check_shape"], (f"{engine}, checked", "all ranks")
+        answers = [self.ask(shape, name, {"logprobs": {}}) for name in names]
+        found = [answer for answer in answers if answer is not None]
+        if len(found) == len(names):
+            self.result.compare_ranks(shape, *found)
+            self.say(f"{shape} ranks: {json.dumps(self.result.ranks[shape])}")
+
+    def finish(self) -> None:
+        """What the workers say about graphs and steps, then stop everything."""
+        for shape, name in list(self.children):
+            if name != "plain" and self.left() > -30.0:
+                facts = self.ask(shape, name, {"describe": {}})
+                if facts is not None:
+                    self.result.facts.setdefault(f"{shape} {name}", {})["after"] = facts
+        for child in self.children.values():
+            child.stop()
+        self.write()
+
+    def write(self) -> None:
+        """Everything so far; a killed run loses nothing."""
+        with self._lock:
+            self.result.write(self.output)
+
+
+def visible_cards() -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES, one a card; none without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def run(
@@ -184,86 +288,34 @@ def run(
     *,
     time_limit: float,
     repeats: int = 1,
+    engines: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> BenchResult:
     """Start all engines of a preset at once and measure them in turns.
 
     Args:
         preset: key of `PRESETS`.
-        output: folder for results.json, model folders and engine logs.
+        output: folder for results.json, table.md, model folders and engine logs.
         time_limit: seconds after which nothing new is measured.
         repeats: rounds over all workloads.
+        engines: some of plain, kernel, traced; None for the preset's.
         say: receives progress lines.
     """
-    begin = time.monotonic()
-    sizes = PRESETS[preset]
+    sizes = dict(PRESETS[preset])
+    if engines is not None:
+        sizes["engines"] = list(engines)
     output.mkdir(parents=True, exist_ok=True)
     result = BenchResult(preset=preset)
-    children: dict[tuple[str, str], _Child] = {}
+    bench = _Bench(sizes, output, result, time_limit, say)
+    cards = visible_cards()
     try:
-        for model in sizes["models"]:
-            for engine in ("plain", "steered"):
-                settings = {**sizes, **model, "engine": engine, "folder": str(output / "models")}
-                log = (output / f"{model['shape']}-{engine}.log").open("w")
-                children[(model["shape"], engine)] = _Child(settings, log)
-        for (shape, engine), child in list(children.items()):
-            try:
-                facts = child.receive(begin + time_limit - time.monotonic())
-            except EngineError as error:
-                facts = {"error": str(error)}
-                child.stop()
-                del children[(shape, engine)]
-            result.facts[f"{shape} {engine}"] = facts
-            say(f"{time.monotonic() - begin:6.1f} s  {shape} {engine}: {json.dumps(facts)}")
-        result.write(output / "results.json")
-        for round_number in range(repeats):
-            for model in sizes["models"]:
-                _measure(model, sizes, children, result, begin + time_limit, say)
-                result.write(output / "results.json")
-            say(f"{time.monotonic() - begin:6.1f} s  round {round_number + 1} done")
+        bench.start(cards)
+        if sizes.get("tensor_parallel", 1) > 1:
+            cards = cards[:1]
+        lanes = max(1, min(len(cards), len(sizes["models"])))
+        with ThreadPoolExecutor(lanes) as pool:
+            shares = [sizes["models"][i::lanes] for i in range(lanes)]
+            list(pool.map(lambda models: bench.measure(models, repeats), shares))
     finally:
-        for child in children.values():
-            child.stop()
-        result.write(output / "results.json")
-        (output / "table.md").write_text(result.table() + "\n")
+        bench.finish()
     return result
-
-
-def _measure(
-    model: Mapping[str, Any],
-    sizes: Mapping[str, Any],
-    children: dict[tuple[str, str], _Child],
-    result: BenchResult,
-    deadline: float,
-    say: Callable[[str], None],
-) -> None:
-    for workload in workloads(sizes["batches"], model["lanes"]):
-        name = f"{model['shape']} batch {workload.batch} {workload.name}"
-        child = children.get((model["shape"], workload.engine))
-        if child is None or time.monotonic() > deadline:
-            result.skipped.append(f"{name}: {'no engine' if child is None else 'time limit'}")
-            continue
-        child.send({"measure": asdict(workload)})
-        try:
-            answer = child.receive(deadline + 60.0 - time.monotonic())
-        except EngineError as error:
-            result.skipped.append(f"{name}: {error}")
-            child.stop()
-            del children[(model["shape"], workload.engine)]
-            continue
-        speed = answer["tokens"] / answer["seconds"]
-        result.measures.append(
-            Measure(
-                model=model["shape"],
-                workload=workload,
-                tokens_per_second=speed,
-                seconds=answer["seconds"],
-                tokens=answer["tokens"],
-            )
-        )
-        say(f"{name}: {speed:,.0f} tokens/s ({answer['seconds']:.2f} s)")
-
-
-def spread(count: int) -> list[float]:
-    """`count` different small doses."""
-    return [0.01 + 0.04 * (math.sin(3.0 * i) + 1.0) for i in range(count)]

@@ -19,7 +19,7 @@ from spo.algorithms.positions import Span, select_positions
 from spo.engines.base import receipt_for
 from spo.engines.vllm_plugin.slots import Slot, SlotTable
 from spo.engines.vllm_plugin.wire import Lane, PluginConfig, RequestSteering
-from spo.errors import SteeringError
+from spo.errors import SteeringError, UnpublishedError
 from spo.records import Operator, Positions, SteeringReceipt, SteeringSpec
 from spo.vector import SteeringVector
 
@@ -101,7 +101,7 @@ class SteeringDesk:
             for number in versions:
                 slot = self.slots.find(name, number)
                 if slot is None:
-                    raise SteeringError(
+                    raise UnpublishedError(
                         f"vector {name!r} version {number} is not held; it holds "
                         f"{self.slots.held()}"
                     )

@@ -82,14 +82,4 @@ def spo_captures(self: Any, rows: Sequence[int]) -> bytes:
 
 def spo_describe(self: Any) -> str:
     """RPC: JSON with what is installed: layers, hidden size, runner, compiled-in configuration."""
-    steering = _steering(self)
-    return json.dumps(
-        {
-            "layers": len(steering.layers),
-            "hidden_size": steering.hidden_size,
-            "layer_class": type(steering.layers[0]).__name__,
-            "runner": f"{type(self.model_runner).__module__}.{type(self.model_runner).__name__}",
-            "device": str(steering.device),
-            "config": steering.config.to_wire(),
-        }
-    )
+    return json.dumps(_steering(self).describe())

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from spo.engines.vllm_plugin.wire import CONFIG_KEY, PluginConfig
+from spo.engines.vllm_plugin.wire import CONFIG_KEY, PluginConfig, op_version
 from spo.errors import EngineError
 from spo.records import Operator
 
@@ -28,6 +28,9 @@ class VllmSettings:
     """Rules compiled in; `add` alone is the cheapest graph."""
     capture_rows: int | None = None
     """Sequences captured at once; None: 64 on a CPU, 0 (no capture in the graph) on a GPU."""
+    body: str | None = None
+    """Form of the operator: "kernel" (an idle step costs nothing) or "traced" (fused by Inductor);
+    None: the one that measured better on this platform."""
     max_dose: float = 8.0
     """Largest dose relative to the hidden norm that a request may ask for."""
     max_model_len: int = 2048
@@ -46,8 +49,23 @@ class VllmSettings:
     """Further arguments of `vllm.LLM`, e.g. {"load_format": "dummy"}."""
 
 
-def llm_options(settings: VllmSettings, config: PluginConfig | None) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` and of vLLM's `AsyncEngineArgs` alike."""
+def plugin_config(settings: VllmSettings) -> PluginConfig:
+    """What these settings compile into the engine."""
+    rows = settings.capture_rows
+    if rows is None:
+        rows = 64 if on_cpu() else 0
+    return PluginConfig(
+        slots=settings.slots,
+        lanes=settings.lanes,
+        operators=settings.operators,
+        capture_rows=rows,
+        body=settings.body or default_body(),
+        version=op_version(),
+    )
+
+
+def engine_arguments(settings: VllmSettings, config: PluginConfig | None) -> dict[str, Any]:
+    """vLLM's engine arguments; with `config` its workers can steer, without it is plain vLLM."""
     options: dict[str, Any] = {
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
@@ -70,22 +88,43 @@ def llm_options(settings: VllmSettings, config: PluginConfig | None) -> dict[str
 def start_llm(
     model: str, revision: str | None, settings: VllmSettings, config: PluginConfig | None
 ) -> Any:
-    """A `vllm.LLM`; with `config` its workers can steer, without it is plain vLLM.
+    """A `vllm.LLM`.
 
     Raises:
         EngineError: vLLM does not start; the cause is in its log above.
     """
-    options = llm_options(settings, config)
     inside = settings.in_process
     if inside is None:
         inside = on_cpu() and settings.tensor_parallel_size == 1
-    if inside:
-        options["distributed_executor_backend"] = "uni"
+    options = {"distributed_executor_backend": "uni"} if inside else {}
     from vllm import LLM
 
+    with _start_errors(model), _multiprocessing(not inside):
+        return LLM(model, revision=revision, **options, **engine_arguments(settings, config))
+
+
+def start_async_llm(
+    model: str, revision: str | None, settings: VllmSettings, config: PluginConfig
+) -> Any:
+    """A `vllm.v1.engine.async_llm.AsyncLLM`, its core in a process of its own.
+
+    Raises:
+        EngineError: vLLM does not start; the cause is in its log above.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    with _start_errors(model), _multiprocessing(True):
+        arguments = AsyncEngineArgs(
+            model=model, revision=revision, **engine_arguments(settings, config)
+        )
+        return AsyncLLM.from_engine_args(arguments)
+
+
+@contextmanager
+def _start_errors(model: str) -> Iterator[None]:
     try:
-        with _multiprocessing(not inside):
-            return LLM(model, revision=revision, **options)
+        yield
     except (RuntimeError, ValueError, OSError) as error:
         raise EngineError(
             f"vLLM cannot start {model!r}: {error}. Its own log above names the cause"
@@ -115,6 +154,11 @@ def _multiprocessing(enabled: bool) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def default_body() -> str:
+    """The form of the operator that measured better here."""
+    return "kernel" if on_cpu() else "traced"
 
 
 def on_cpu() -> bool:

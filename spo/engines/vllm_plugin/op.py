@@ -5,8 +5,12 @@ of the tables to use (0: none), with which coefficient (float32 bits) and which 
 are those of `spo.algorithms.operators`, in float32, per token. Lanes read the same hidden state and
 their changes are added up.
 
-On CUDA the formula is traced into the graph, where Inductor fuses it with the next layer norm. On
-the CPU it is one opaque operator that touches steered tokens only.
+Two bodies of the same formula (`wire.PluginConfig.body`):
+
+* `kernel`: one opaque operator that changes the residual in place and touches steered tokens only.
+  While `SWITCH` is off it launches nothing at all, so a CUDA graph that was captured then is plain
+  vLLM's own; see `graphs`.
+* `traced`: plain operations, which Inductor fuses into the next layer norm. Every step pays.
 """
 
 from __future__ import annotations
@@ -22,8 +26,6 @@ from spo.errors import SteeringError
 from spo.records import Operator
 from spo.vector import SteeringVector
 
-OPAQUE_DEVICES = frozenset({"cpu"})
-"""Devices on which steering is one opaque operator; elsewhere the compiler sees its parts."""
 _TINY = 1e-12
 _PROJECT = OPERATOR_CODES[Operator.PROJECT]
 _ADAPTIVE = OPERATOR_CODES[Operator.ADAPTIVE]
@@ -90,6 +92,43 @@ def steer_traced(
     return residual - removed(x, tables, plan).to(residual.dtype)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Selection:
+    """The steered tokens of one step; the same for every layer."""
+
+    rows: Tensor
+    """(k,) which tokens, int64."""
+    plan: Tensor
+    """(k, 3, lanes) int32."""
+    gated: bool
+    """Whether any of them reads the hidden state."""
+
+    @classmethod
+    def of(cls, plan: Tensor) -> Selection:
+        """Those that `plan` (n, 3, lanes) steers."""
+        rows = plan[:, 0, :].any(dim=-1).nonzero()[:, 0]
+        chosen = plan[rows]
+        return cls(rows=rows, plan=chosen, gated=bool((chosen[:, 2] != _ADD).any()))
+
+
+class Switch:
+    """Whether the coming forward pass steers or captures any token. One for each process.
+
+    The worker sets it before every step; an engine whose step needs it and finds it off refuses to
+    run (`WorkerSteering.step`).
+    """
+
+    def __init__(self) -> None:
+        self.on = False
+        self.launches = 0
+        """Calls of the steering operator while on; CUDA graph replays are not calls."""
+        self.selection: Selection | None = None
+        """CPU only: worked out once by the worker, so that not every layer has to."""
+
+
+SWITCH = Switch()
+
+
 def _steer_cpu(
     hidden: Tensor | None,
     residual: Tensor,
@@ -98,24 +137,42 @@ def _steer_cpu(
     scales: Tensor,
     plan: Tensor,
     gated: bool,
-) -> Tensor:
-    steered = residual.clone()
-    plan = plan[: residual.shape[0]]
-    live = plan[:, 0, :].any(dim=-1).nonzero()[:, 0]
-    if live.numel():
-        chosen = residual[live]
-        changed = steer_traced(
-            None if hidden is None else hidden[live],
-            chosen,
+) -> None:
+    if not SWITCH.on:
+        return
+    SWITCH.launches += 1
+    chosen = SWITCH.selection or Selection.of(plan[: residual.shape[0]])
+    if chosen.rows.numel():
+        gated = gated and chosen.gated
+        residual[chosen.rows] = steer_traced(
+            hidden[chosen.rows] if gated and hidden is not None else None,
+            residual[chosen.rows],
             (directions, calibration, scales),
-            plan[live],
+            chosen.plan,
             gated,
         )
-        steered[live] = changed
-    return steered
+
+
+def _steer_cuda(
+    hidden: Tensor | None,
+    residual: Tensor,
+    directions: Tensor,
+    calibration: Tensor,
+    scales: Tensor,
+    plan: Tensor,
+    gated: bool,
+) -> None:
+    if not SWITCH.on:
+        return
+    from spo.engines.vllm_plugin.kernel import launch
+
+    SWITCH.launches += 1
+    launch(hidden, residual, (directions, calibration, scales), plan, gated)
 
 
 def _capture(hidden: Tensor | None, residual: Tensor, segments: Tensor, pool: Tensor) -> None:
+    if not SWITCH.on:
+        return
     segments = segments[: residual.shape[0]]
     if residual.device.type == "cpu":
         live = segments.nonzero()[:, 0]
@@ -130,33 +187,22 @@ def _capture(hidden: Tensor | None, residual: Tensor, segments: Tensor, pool: Te
 
 _LIBRARY = torch.library.Library("spo", "FRAGMENT")
 _LIBRARY.define(
-    "steer(Tensor? hidden, Tensor residual, Tensor directions, Tensor calibration, Tensor scales, "
-    "Tensor plan, bool gated) -> Tensor"
+    "steer(Tensor? hidden, Tensor(a!) residual, Tensor directions, Tensor calibration, "
+    "Tensor scales, Tensor plan, bool gated) -> ()"
 )
 _LIBRARY.define("capture(Tensor? hidden, Tensor residual, Tensor segments, Tensor(a!) pool) -> ()")
 _LIBRARY.impl("steer", _steer_cpu, "CPU")
+_LIBRARY.impl("steer", _steer_cuda, "CUDA")
 _LIBRARY.impl("capture", _capture, "CPU")
 _LIBRARY.impl("capture", _capture, "CUDA")
 
 
-def _steer_fake(
-    hidden: Tensor | None,
-    residual: Tensor,
-    directions: Tensor,
-    calibration: Tensor,
-    scales: Tensor,
-    plan: Tensor,
-    gated: bool,
-) -> Tensor:
-    return torch.empty_like(residual)
+def _no_fake(*_: object) -> None:
+    """Both operators only write in place."""
 
 
-def _capture_fake(hidden: Tensor | None, residual: Tensor, segments: Tensor, pool: Tensor) -> None:
-    return None
-
-
-torch.library.register_fake("spo::steer", _steer_fake, lib=_LIBRARY)
-torch.library.register_fake("spo::capture", _capture_fake, lib=_LIBRARY)
+torch.library.register_fake("spo::steer", _no_fake, lib=_LIBRARY)
+torch.library.register_fake("spo::capture", _no_fake, lib=_LIBRARY)
 
 
 def after_layer(module: nn.Module, args: object, output: object) -> object:
@@ -181,9 +227,13 @@ def _apply(module: Any, hidden: Tensor | None, residual: Tensor) -> Tensor:
     if module.spo_capture:
         torch.ops.spo.capture(hidden, residual, module.spo_segments, module.spo_pool)
     tables = (module.spo_directions, module.spo_calibration, module.spo_scales)
-    if residual.device.type in OPAQUE_DEVICES:
-        return torch.ops.spo.steer(hidden, residual, *tables, module.spo_plan, module.spo_gated)
-    return steer_traced(hidden, residual, tables, module.spo_plan, module.spo_gated)
+    if module.spo_traced:
+        return steer_traced(hidden, residual, tables, module.spo_plan, module.spo_gated)
+    if not torch.compiler.is_compiling() and SWITCH.on:
+        # Without a compiler that knows what else reads this tensor, change a copy.
+        residual = residual.clone()
+    torch.ops.spo.steer(hidden, residual, *tables, module.spo_plan, module.spo_gated)
+    return residual
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

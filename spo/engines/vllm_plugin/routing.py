@@ -2,7 +2,8 @@
 
 Positions are absolute (`num_computed + arange`), so chunked prefill, preemption and prefix-cache
 hits are exact. Plain decoding is filled without a Python loop over requests: after the prompt a
-request's choice no longer changes. NumPy only; unit-tested without vLLM.
+request's choice no longer changes. A step that decodes the same requests as the step before only
+counts. NumPy only; unit-tested without vLLM.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class Router:
         self._last_tokens = 0
         self._last: NDArray[np.int32] | None = None
         self._last_captured = False
+        self._steady: tuple[list[str], NDArray[np.int64]] | None = None
+        """Requests and their rows, if the last step decoded one token of each."""
         # Per-request arrays; row 0 is idle: nothing selected, nothing counted.
         self._decode = np.zeros((_ROWS, 3, lanes), dtype=np.int32)
         self._prompt = np.zeros(_ROWS, dtype=np.int64)
@@ -109,6 +112,7 @@ class Router:
                 f"started with lanes={self.lanes}"
             )
         self._check_slots(request_id, steering)
+        self._steady = None
         if not self._free:
             self._grow()
         live = _Live(
@@ -183,33 +187,72 @@ class Router:
             What to copy to the device, or None when the device already holds exactly that.
         """
         total = int(starts[len(request_ids)])
-        if not self._requests and not self._last_tokens:
+        if self.quiet:
+            return None
+        positions = np.asarray(computed[: len(request_ids)], dtype=np.int64)
+        if self._repeats(request_ids, positions, total):
             return None
         tokens = max(total, self._last_tokens)
         plan, segments = self._plan[:tokens], self._segments[:tokens]
         plan[:] = 0
         segments[:] = 0
         rows = self._rows(request_ids)
-        begin = np.asarray(starts[:-1][: len(rows)], dtype=np.int64)
+        begin = np.asarray(starts[: len(rows)], dtype=np.int64)
         lengths = np.asarray(starts[1 : len(rows) + 1], dtype=np.int64) - begin
-        positions = np.asarray(computed[: len(rows)], dtype=np.int64)
         decoding = (rows > 0) & (lengths == 1) & (positions >= self._prompt[rows])
-        self._fill_decoding(rows[decoding], positions[decoding], begin[decoding])
-        for i in np.nonzero((rows > 0) & ~decoding)[0]:
+        self._plan[begin[decoding]] = self._decode[rows[decoding]]
+        self._count_decoding(rows[decoding], positions[decoding])
+        spans = np.nonzero((rows > 0) & ~decoding)[0]
+        for i in spans:
             live = self._requests[request_ids[i]]
             self._fill_span(live, int(positions[i]), int(begin[i]), int(lengths[i]))
+        steady = not len(spans) and total == len(rows)
+        self._steady = (list(request_ids), rows) if steady else None
+        return self._changed(total, StepPlan(tokens=tokens, plan=plan, segments=segments))
+
+    def _changed(self, total: int, filled: StepPlan) -> StepPlan | None:
+        """What was filled, or None when the device holds it already."""
+        plan, segments = filled.plan, filled.segments
         captured = bool(segments.any())
         live_tokens = total if captured or plan[:, 0].any() else 0
         unchanged = (
             self._last is not None
             and self._last_tokens == live_tokens
-            and np.array_equal(self._last[:tokens], plan)
+            and np.array_equal(self._last[: filled.tokens], plan)
             and not captured
             and not self._last_captured
         )
         self._last_tokens, self._last_captured = live_tokens, captured
+        if unchanged:
+            return None
         self._last = plan.copy()
-        return None if unchanged else StepPlan(tokens=tokens, plan=plan, segments=segments)
+        return filled
+
+    def _repeats(
+        self, request_ids: Sequence[str], positions: NDArray[np.int64], total: int
+    ) -> bool:
+        """Whether the plan of the last step holds for this one; counts the tokens if so."""
+        if self._steady is None or total != len(request_ids):
+            return False
+        same, rows = self._steady
+        if same != request_ids or not (positions >= self._prompt[rows])[rows > 0].all():
+            return False
+        self._count_decoding(rows[rows > 0], positions[rows > 0])
+        return True
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is steered or captured, and the device knows."""
+        return not self._requests and not self._last_tokens
+
+    @property
+    def live(self) -> bool:
+        """Whether the last step has a steered or captured token."""
+        return self._last_tokens > 0
+
+    def concerns(self, request_ids: Iterable[str]) -> bool:
+        """Whether any of these requests is steered or captured."""
+        return bool(self._requests) and not self._requests.keys().isdisjoint(request_ids)
 
     def _rows(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
         requests = self._requests
@@ -219,10 +262,7 @@ class Router:
             count=len(request_ids),
         )
 
-    def _fill_decoding(
-        self, rows: NDArray[np.int64], positions: NDArray[np.int64], begin: NDArray[np.int64]
-    ) -> None:
-        self._plan[begin] = self._decode[rows]
+    def _count_decoding(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
         fresh = positions >= self._until[rows]
         self._counts[rows] += (self._decode[rows, 0] > 0) & fresh[:, None]
         self._until[rows] = np.maximum(self._until[rows], positions + 1)
@@ -249,6 +289,7 @@ class Router:
             live = self._requests.pop(request_id, None)
             if live is None:
                 continue
+            self._steady = None
             if live.steering.key in self._by_key:
                 # Freeze the figures: the row goes to another request.
                 self._frozen[live.steering.key] = self._figures(live)

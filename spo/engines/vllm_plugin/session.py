@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spo.engines.processing import PromptProcessor, check_same_tokens, load_image
@@ -50,39 +50,25 @@ def sampling_params(sampling: Sampling, **options: Any) -> Any:
     )
 
 
-class VllmSession:
-    """See the module's text.
+class RequestBuilder:
+    """From prompts to what vLLM takes. Used by `LLM` and `AsyncLLM` alike.
 
     Args:
-        llm: a started `vllm.LLM`.
-        prompts: the processor of the same model.
-        desk: slots and checks.
+        prompts: the processor of the model.
         max_model_len: longest sequence.
     """
 
-    def __init__(
-        self, llm: Any, prompts: PromptProcessor, desk: SteeringDesk, max_model_len: int
-    ) -> None:
-        self.llm = llm
-        self.engine = llm.llm_engine
+    def __init__(self, prompts: PromptProcessor, max_model_len: int) -> None:
         self.prompts = prompts
-        self.desk = desk
         self.max_model_len = max_model_len
         self._prompt_tokens: dict[Prompt, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        self._turns = Turns()
-        self._arrived: dict[str, list[Any]] = {}
 
-    @contextmanager
-    def bound(self, specs: Sequence[Sequence[SteeringSpec]]) -> Iterator[list[Binding]]:
-        """Hold the slots of these requests while they run."""
-        bindings = self.desk.bind(specs)
-        try:
-            yield bindings
-        finally:
-            self.desk.release(bindings)
+    def ask(self, binding: Binding, prompt: Prompt, answer: Sequence[int], params: Any) -> Job:
+        """A job whose `engine_input` is still a prompt dictionary.
 
-    def job(self, binding: Binding, prompt: Prompt, answer: Sequence[int], params: Any) -> Job:
-        """Everything that can be wrong with a request is found here, before it enters vLLM."""
+        Raises:
+            DataError: the sequence is too long, or the prompt or its picture cannot be used.
+        """
         short, expanded = self._tokens(prompt)
         tokens = (*expanded, *answer)
         limit = self.max_model_len
@@ -99,13 +85,25 @@ class VllmSession:
             entry["cache_salt"] = cache_salt(binding.lanes)
             length = len(expanded) if answer else 0
             params.extra_args = {REQUEST_KEY: binding.wire(prompt_length=length)}
-        engine_input = self.llm._preprocess_cmpl_one(entry)
-        check_same_tokens(prompt, tokens, engine_input["prompt_token_ids"])
         return Job(
             key=binding.key,
             tokens=tokens,
             prompt_length=len(expanded),
-            engine_input=engine_input,
+            engine_input=entry,
+            params=params,
+        )
+
+    def ask_tokens(self, binding: Binding, tokens: Sequence[int], params: Any) -> Job:
+        """A job for a prompt that is tokens already, without a picture."""
+        entry: dict[str, Any] = {"prompt_token_ids": list(tokens)}
+        if binding.lanes:
+            entry["cache_salt"] = cache_salt(binding.lanes)
+            params.extra_args = {REQUEST_KEY: binding.wire()}
+        return Job(
+            key=binding.key,
+            tokens=tuple(tokens),
+            prompt_length=len(tokens),
+            engine_input=entry,
             params=params,
         )
 
@@ -121,6 +119,52 @@ class VllmSession:
                 self._prompt_tokens.clear()
             known = self._prompt_tokens[prompt] = (short, expanded)
         return known
+
+    def seen(self, job: Job, output: Any) -> Seen:
+        """The engine's account of a finished job, to hold against the workers'."""
+        return Seen(
+            prompt_length=job.prompt_length,
+            tokens=len(job.tokens) + len(output.outputs[0].token_ids) - 1,
+            cached=int(output.num_cached_tokens or 0),
+            spans=self.prompts.spans(job.tokens),
+        )
+
+
+class VllmSession:
+    """See the module's text.
+
+    Args:
+        llm: a started `vllm.LLM`.
+        prompts: the processor of the same model.
+        desk: slots and checks.
+        max_model_len: longest sequence.
+    """
+
+    def __init__(
+        self, llm: Any, prompts: PromptProcessor, desk: SteeringDesk, max_model_len: int
+    ) -> None:
+        self.llm = llm
+        self.engine = llm.llm_engine
+        self.desk = desk
+        self.builder = RequestBuilder(prompts, max_model_len)
+        self._turns = Turns()
+        self._arrived: dict[str, list[Any]] = {}
+
+    @contextmanager
+    def bound(self, specs: Sequence[Sequence[SteeringSpec]]) -> Iterator[list[Binding]]:
+        """Hold the slots of these requests while they run."""
+        bindings = self.desk.bind(specs)
+        try:
+            yield bindings
+        finally:
+            self.desk.release(bindings)
+
+    def job(self, binding: Binding, prompt: Prompt, answer: Sequence[int], params: Any) -> Job:
+        """Everything that can be wrong with a request is found here, before it enters vLLM."""
+        asked = self.builder.ask(binding, prompt, answer, params)
+        engine_input = self.llm._preprocess_cmpl_one(asked.engine_input)
+        check_same_tokens(prompt, asked.tokens, engine_input["prompt_token_ids"])
+        return replace(asked, engine_input=engine_input)
 
     def run(self, jobs: Sequence[Job]) -> list[Any]:
         """vLLM's outputs of the jobs, in order; other threads' jobs advance in the same steps."""
@@ -184,12 +228,7 @@ class VllmSession:
             if not binding.lanes:
                 receipts.append(())
                 continue
-            seen = Seen(
-                prompt_length=job.prompt_length,
-                tokens=len(job.tokens) + len(output.outputs[0].token_ids) - 1,
-                cached=int(output.num_cached_tokens or 0),
-                spans=self.prompts.spans(job.tokens),
-            )
+            seen = self.builder.seen(job, output)
             figures = [rank[place[binding.key]] for rank in ranks]
             receipts.append(self.desk.receipts(binding, figures, seen))
         return receipts

@@ -1,7 +1,7 @@
-"""Model folders without weights, for benchmarks: real shapes, a byte tokenizer, real processors.
+"""Model folders for benchmarks: real shapes, a byte tokenizer, real processors.
 
-vLLM fills such a model with random weights (`load_format="dummy"`), which costs the same as trained
-ones. Nothing is downloaded.
+vLLM fills a model without weights with random ones (`load_format="dummy"`), which cost the same as
+trained ones. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -41,6 +44,26 @@ LLAVA_SHAPES: dict[str, dict[str, dict[str, Any]]] = {
             "image_size": 336,
             "patch_size": 14,
             "projection_dim": 768,
+        },
+    },
+    "llava-small": {
+        "text": {
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "vocab_size": 512,
+            "max_position_embeddings": 2048,
+        },
+        "vision": {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 112,
+            "patch_size": 14,
+            "projection_dim": 128,
         },
     },
     "llava-tiny": {
@@ -128,6 +151,26 @@ def write_shape(shape: str, folder: Path) -> Path:
             f"shape must be one of {sorted([*LLAVA_SHAPES, *QWEN_SHAPES])}, got {shape!r}"
         )
     return folder
+
+
+def write_random_weights(folder: Path, dtype: str, seed: int = 0) -> None:
+    """Seeded weights for a LLaVA folder of `write_shape`.
+
+    vLLM's own dummy weights differ between tensor-parallel ranks and are so small that nothing in
+    the model matters; a comparison of log-probabilities needs these.
+    """
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(folder))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    # Transformers 5 saves `vision_tower.*`; vLLM 0.32 wants `vision_tower.vision_model.*`.
+    path, old = folder / "model.safetensors", "vision_tower."
+    weights = {
+        name.replace(old, f"{old}vision_model.", 1)
+        if f"{old}vision_model." not in name
+        else name: w
+        for name, w in load_file(path).items()
+    }
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def byte_tokenizer(specials: tuple[str, ...], image_markup: str) -> PreTrainedTokenizerFast:

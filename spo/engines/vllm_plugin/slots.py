@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spo.errors import SteeringError
+from spo.errors import SteeringError, UnpublishedError
 from spo.records import SteeringSpec
 from spo.vector import SteeringVector
+
+KEPT_VERSIONS = 4
+"""Newest versions of one name that stay; room is never made at the cost of another name."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -51,7 +54,10 @@ class SlotTable:
         return self._slots.get((name, version))
 
     def reserve(self, name: str, version: int, vector: SteeringVector) -> Slot:
-        """A slot to write a new version into; makes room by dropping unused older versions.
+        """A slot to write a new version into; drops unused older versions of the same name.
+
+        Callers that share an engine publish under names of their own, so none can drive out the
+        vectors of another.
 
         Raises:
             SteeringError: the version exists with other content, or every slot is needed.
@@ -65,8 +71,20 @@ class SlotTable:
                     "new version"
                 )
             return held
+        own = sorted(
+            (slot for (held_name, _), slot in self._slots.items() if held_name == name),
+            key=lambda slot: slot.version,
+        )
+        spare = [slot for slot in own if not slot.users]
+        if spare and (not self._free or len(own) >= KEPT_VERSIONS):
+            self.discard(spare[0])
         if not self._free:
-            self._evict_one(incoming=name)
+            in_use = {f"{s.name}:{s.version}": s.users for s in self._slots.values()}
+            raise SteeringError(
+                f"all {len(self._slots)} slots are taken (vector:version -> requests in flight: "
+                f"{in_use}) and none holds an unused older version of {name!r}; wait, drop a "
+                "vector with retire(), or start the engine with more slots (engine.slots)"
+            )
         slot = Slot(number=self._free.pop(), name=name, version=version, vector=vector)
         self._slots[(name, version)] = slot
         return slot
@@ -89,7 +107,7 @@ class SlotTable:
         """
         slot = self.find(spec.vector, spec.version)
         if slot is None or not slot.ready:
-            raise SteeringError(
+            raise UnpublishedError(
                 f"vector {spec.vector!r} version {spec.version} is not published in this engine "
                 f"(it holds {self.held()}); publish it first. Nothing was generated"
             )
@@ -99,21 +117,3 @@ class SlotTable:
     def release(self, slot: Slot) -> None:
         """End of one request's use."""
         slot.users -= 1
-
-    def _evict_one(self, incoming: str) -> None:
-        newest: dict[str, int] = {}
-        for name, version in self._slots:
-            newest[name] = max(version, newest.get(name, version))
-        spare = [
-            slot
-            for slot in self._slots.values()
-            if not slot.users and (slot.version < newest[slot.name] or slot.name == incoming)
-        ]
-        if not spare:
-            in_use = {f"{s.name}:{s.version}": s.users for s in self._slots.values()}
-            raise SteeringError(
-                f"all {len(self._slots)} slots are taken (vector:version -> requests in flight: "
-                f"{in_use}) and none holds an unused older version; wait, drop a vector with "
-                "retire(), or start the engine with more slots"
-            )
-        self.discard(min(spare, key=lambda slot: slot.version))

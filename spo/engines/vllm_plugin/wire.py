@@ -31,9 +31,14 @@ OPERATOR_CODES: dict[Operator, int] = {
 }
 
 
+BODIES = ("kernel", "traced")
+"""Forms of the operator; see `op`."""
+
+
 def op_version() -> str:
     """Digest of the code that is compiled into the graph; part of vLLM's compile-cache key."""
-    return hashlib.sha256(Path(__file__).with_name("op.py").read_bytes()).hexdigest()[:12]
+    files = [Path(__file__).with_name(name).read_bytes() for name in ("op.py", "kernel.py")]
+    return hashlib.sha256(b"".join(files)).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +57,8 @@ class PluginConfig:
     """Rules compiled in. With `add` alone the graph never reads the hidden state."""
     capture_rows: int = 0
     """Sequences whose activations can be pooled at once; 0 leaves capturing out of the graph."""
+    body: str = "kernel"
+    """Form of the operator, see `op`."""
     version: str = ""
     """Digest of the compiled code."""
 
@@ -62,6 +69,8 @@ class PluginConfig:
                 raise SteeringError(
                     f"{name} must be a whole number in {low}..{high}, got {value!r}"
                 )
+        if self.body not in BODIES:
+            raise SteeringError(f"body must be one of {list(BODIES)}, got {self.body!r}")
         if not self.operators:
             raise SteeringError(
                 f"operators must name at least one of {_values(Operator)}, got none"

@@ -8,7 +8,8 @@ start, rather than answering unsteered later.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from spo.algorithms.positions import Span
-from spo.engines.vllm_plugin.op import LayerTables, after_layer
+from spo.engines.vllm_plugin.graphs import can_twin, count_graphs, twin_graphs
+from spo.engines.vllm_plugin.op import SWITCH, LayerTables, Selection, after_layer
 from spo.engines.vllm_plugin.routing import Router, StepPlan
 from spo.engines.vllm_plugin.seeds import make_rewindable, mark_generators
 from spo.engines.vllm_plugin.wire import PluginConfig, op_version
@@ -37,6 +39,7 @@ def check_supported(vllm_config: Any) -> None:
         "speculative decoding": vllm_config.speculative_config is not None,
         "an encoder-decoder model": bool(vllm_config.model_config.is_encoder_decoder),
         "sleep mode": bool(vllm_config.model_config.enable_sleep_mode),
+        "fast prefill over shared KV": bool(vllm_config.cache_config.kv_sharing_fast_prefill),
     }
     refused = [name for name, present in refusals.items() if present]
     if refused:
@@ -89,6 +92,8 @@ class WorkerSteering:
         self.layers = find_layers(runner.model, text.num_hidden_layers)
         self.hidden_size = int(text.hidden_size)
         self.device: torch.device = runner.device
+        self.steps: Counter[str] = Counter()
+        """Model steps by CUDA graph mode, steered ones apart; for reports."""
         tokens = _max_tokens(vllm_config)
         self.router = Router(lanes=config.lanes, max_tokens=tokens)
         count, rows = len(self.layers), config.slots + 1
@@ -107,11 +112,13 @@ class WorkerSteering:
         self.pool = zeros(count, pool_rows, self.hidden_size + 1, device=self.device)
         for number, layer in enumerate(self.layers):
             self._attach(number, layer)
-        _follow(runner, self)
+        self._runner = runner
+        self.twins = _follow(runner, self, vllm_config)
 
     def _attach(self, number: int, layer: Any) -> None:
         layer.spo_gated = self.config.gated
         layer.spo_capture = bool(self.config.capture_rows)
+        layer.spo_traced = self.config.body == "traced"
         # Buffers, so that the compiler lifts them to graph inputs instead of baking them in.
         for name, tensor in (
             ("spo_directions", self.tables.directions[number]),
@@ -153,6 +160,31 @@ class WorkerSteering:
         plan = self.router.step(request_ids, computed, starts)
         if plan is not None:
             self._copy(plan)
+        if self.device.type == "cpu":
+            SWITCH.selection = Selection.of(self.plan[: int(starts[len(request_ids)])])
+        if self.router.live and not SWITCH.on:
+            raise SteeringError(
+                "a step with steered tokens was about to run without steering; nothing was "
+                "generated. Use vllm==0.32.* or start the engine with body='traced'"
+            )
+
+    def expect(self, request_ids: Iterable[str]) -> None:
+        """Turn steering on for a step that has a steered or captured request, else off."""
+        SWITCH.on = self.router.concerns(request_ids)
+
+    def describe(self) -> dict[str, Any]:
+        """What is installed, as plain JSON types."""
+        return {
+            "layers": len(self.layers),
+            "hidden_size": self.hidden_size,
+            "layer_class": type(self.layers[0]).__name__,
+            "runner": f"{type(self._runner).__module__}.{type(self._runner).__name__}",
+            "device": str(self.device),
+            "config": self.config.to_wire(),
+            "twin_graphs": self.twins,
+            "graphs": count_graphs(self._runner),
+            "steps": dict(self.steps),
+        }
 
     def _copy(self, plan: StepPlan) -> None:
         _to_device(plan.plan, self.plan[: plan.tokens])
@@ -197,17 +229,39 @@ def _to_device(source: np.ndarray[Any, Any], target: Tensor) -> None:
         target.copy_(torch.empty_like(tensor, pin_memory=True).copy_(tensor), non_blocking=True)
 
 
-def _follow(runner: Any, steering: WorkerSteering) -> None:
-    """Call `steering` from the runner's own steps; raises when the seams are not as known."""
+def _follow(runner: Any, steering: WorkerSteering, vllm_config: Any) -> bool:
+    """Call `steering` from the runner's own steps; raises when the seams are not as known.
+
+    Returns:
+        Whether idle steps have CUDA graphs of their own.
+    """
     if hasattr(runner, "prepare_inputs") and hasattr(runner, "add_requests"):
         _follow_v2(runner, steering)
-    elif hasattr(runner, "_prepare_inputs") and hasattr(runner, "_update_states"):
+        twins = steering.config.body == "kernel" and can_twin(runner, vllm_config)
+        if twins:
+            twin_graphs(runner, SWITCH, len(steering.layers))
+        else:
+            _always_on(steering)
+        return twins
+    if hasattr(runner, "_prepare_inputs") and hasattr(runner, "_update_states"):
         _follow_v1(runner, steering)
-    else:
-        raise SteeringError(
-            f"{type(runner).__name__} is neither vLLM's V1 nor V2 model runner as of 0.32; "
-            "use vllm==0.32.*"
-        )
+        if steering.device.type != "cpu":
+            _always_on(steering)
+        return False
+    raise SteeringError(
+        f"{type(runner).__name__} is neither vLLM's V1 nor V2 model runner as of 0.32; "
+        "use vllm==0.32.*"
+    )
+
+
+def _always_on(steering: WorkerSteering) -> None:
+    """One graph for all steps: the operator looks at every token's row instead."""
+    SWITCH.on = True
+
+    def keep_on(request_ids: Iterable[str]) -> None:
+        SWITCH.on = True
+
+    steering.expect = keep_on  # type: ignore[method-assign]
 
 
 def _check_seam(method: Callable[..., Any], first: str) -> None:
@@ -237,11 +291,14 @@ def _follow_v1(runner: Any, steering: WorkerSteering) -> None:
     def prepare_inputs(scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         result = prepare(scheduler_output, num_scheduled_tokens)
         batch = runner.input_batch
-        starts = np.concatenate([[0], np.cumsum(num_scheduled_tokens)])
-        steering.step(batch.req_ids, batch.num_computed_tokens_cpu[: batch.num_reqs], starts)
-        computed = batch.num_computed_tokens_cpu[: batch.num_reqs] + num_scheduled_tokens
-        if on_cpu and (computed < batch.num_prompt_tokens[: batch.num_reqs]).any():
-            mark_generators(runner)
+        steering.expect(batch.req_ids)
+        if not steering.router.quiet:
+            starts = np.concatenate([[0], np.cumsum(num_scheduled_tokens)])
+            steering.step(batch.req_ids, batch.num_computed_tokens_cpu[: batch.num_reqs], starts)
+        if on_cpu and batch.generators:
+            computed = batch.num_computed_tokens_cpu[: batch.num_reqs] + num_scheduled_tokens
+            if (computed < batch.num_prompt_tokens[: batch.num_reqs]).any():
+                mark_generators(runner)
         return result
 
     runner._update_states = update_states
@@ -250,7 +307,8 @@ def _follow_v1(runner: Any, steering: WorkerSteering) -> None:
 
 def _follow_v2(runner: Any, steering: WorkerSteering) -> None:
     add, finish, prepare = runner.add_requests, runner.finish_requests, runner.prepare_inputs
-    for method in (add, finish, prepare):
+    gather = runner.gather_batch_req_state
+    for method in (add, finish, prepare, gather):
         _check_seam(method, "scheduler_output")
 
     def add_requests(scheduler_output: Any) -> None:
@@ -262,11 +320,25 @@ def _follow_v2(runner: Any, steering: WorkerSteering) -> None:
         finish(scheduler_output)
         steering.router.finish(scheduler_output.finished_req_ids)
 
-    def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
-        batch = prepare(*args, **kwargs)
-        steering.step(batch.req_ids, batch.num_computed_tokens_np, batch.query_start_loc_np)
+    def gather_batch_req_state(scheduler_output: Any, dummy_run: bool) -> Any:
+        # The first thing of a step that knows its requests, just before the graph is chosen.
+        steering.expect(() if dummy_run else scheduler_output.num_scheduled_tokens)
+        return gather(scheduler_output, dummy_run)
+
+    def prepare_inputs(scheduler_output: Any, state: Any, description: Any, loras: int) -> Any:
+        batch = prepare(scheduler_output, state, description, loras)
+        mode = description.cg_mode.name
+        if steering.twins and mode != "NONE" and bool(description.num_active_loras) != SWITCH.on:
+            raise SteeringError(
+                f"vLLM chose a graph ({description}) that does not match steering="
+                f"{SWITCH.on}; nothing was generated. Use vllm==0.32.*"
+            )
+        steering.steps[mode + (" steered" if SWITCH.on else "")] += 1
+        if not steering.router.quiet:
+            steering.step(batch.req_ids, batch.num_computed_tokens_np, batch.query_start_loc_np)
         return batch
 
     runner.add_requests = add_requests
     runner.finish_requests = finish_requests
+    runner.gather_batch_req_state = gather_batch_req_state
     runner.prepare_inputs = prepare_inputs

@@ -21,6 +21,9 @@ def groups(
     return Groups(
         policy=policy,
         reference=torch.full(shape, -2.0),
+        behaviour=policy.detach().clone(),
+        lengths=torch.full(shape, 2.0),
+        nulled=torch.full(shape, -2.0),
         rewards=torch.tensor(rewards),
         mask=torch.tensor(mask) if mask else torch.ones(shape, dtype=torch.bool),
     )

@@ -18,7 +18,7 @@ from spo.engines.base import CaptureRequest, LogprobRequest
 from spo.engines.hf import HfEngine
 from spo.engines.identity import find_blocks
 from spo.engines.plan import SteeringPlan, TokenBatch
-from spo.errors import ArtifactError, EngineError, SteeringError
+from spo.errors import ArtifactError, DataError, EngineError, SteeringError
 from spo.records import (
     FinishReason,
     GenerateRequest,
@@ -482,7 +482,7 @@ def test_capture_reads_the_unsteered_model(engine: HfEngine) -> None:
 
 def test_capture_with_nothing_to_pool(engine: HfEngine) -> None:
     asked = CaptureRequest(request_id="c", prompt=prompt(), layers=(1,), positions=Positions.IMAGE)
-    with pytest.raises(EngineError, match=r"'c': no token is left to pool over \(image"):
+    with pytest.raises(DataError, match=r"'c': no token is left to pool over \(image"):
         engine.capture([asked])
 
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from spo.algorithms.operators import steer
 from spo.engines.vllm_plugin import op
@@ -13,6 +21,12 @@ from spo.records import Operator
 from spo.vector import SteeringVector
 
 HIDDEN, SLOTS, TOKENS = 16, 3, 24
+KERNEL = "spo.engines.vllm_plugin.kernel"
+
+
+@pytest.fixture(autouse=True)
+def on(monkeypatch):
+    monkeypatch.setattr(op.SWITCH, "on", True)
 
 
 @pytest.fixture
@@ -61,7 +75,8 @@ def test_every_token_gets_its_own_vector_coefficient_and_operator(case):
     }
     plan = make_plan(choices)
     traced = op.steer_traced(hidden, residual, layer_tables(tables, 1), plan, True)
-    opaque = torch.ops.spo.steer(hidden, residual, *layer_tables(tables, 1), plan, True)
+    opaque = residual.clone()
+    torch.ops.spo.steer(hidden, opaque, *layer_tables(tables, 1), plan, True)
     for token in range(TOKENS):
         want = hidden[token] + residual[token]
         if token in choices:
@@ -77,6 +92,77 @@ def test_every_token_gets_its_own_vector_coefficient_and_operator(case):
         torch.testing.assert_close(hidden[token] + traced[token], want, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(traced[token], opaque[token], atol=1e-6, rtol=1e-6)
     assert torch.equal(opaque[1::2], residual[1::2])
+
+
+def test_nothing_runs_while_the_switch_is_off(case, monkeypatch):
+    tables, _, hidden, residual = case
+    plan = make_plan(dict.fromkeys(range(TOKENS), (1, 0.7, Operator.ADD)))
+    state, pool = residual.clone(), torch.zeros(3, HIDDEN + 1)
+    monkeypatch.setattr(op.SWITCH, "on", False)
+    before = op.SWITCH.launches
+    torch.ops.spo.steer(hidden, state, *layer_tables(tables, 1), plan, True)
+    torch.ops.spo.capture(hidden, state, torch.ones(TOKENS, dtype=torch.int32), pool)
+    assert torch.equal(state, residual)
+    assert not pool.any()
+    assert op.SWITCH.launches == before
+
+
+INTERPRET = """
+import sys, torch
+from spo.engines.vllm_plugin.kernel import launch
+cases = torch.load(sys.argv[1])
+for case in cases:
+    launch(case["hidden"], case["state"], case["tables"], case["plan"], True)
+torch.save(cases, sys.argv[1])
+"""
+
+
+def test_the_gpu_kernel_equals_the_traced_formula(case, tmp_path):
+    """Triton's interpreter needs to be chosen before Triton is imported: another process."""
+    tables, _, hidden, residual = case
+    hidden[4] = float("inf")
+    cases, wanted = [], []
+    for lanes, has_hidden in ((1, True), (3, True), (3, False)):
+        generator = torch.Generator().manual_seed(lanes)
+        shape = (TOKENS + 4, lanes)
+        plan = torch.zeros(TOKENS + 4, 3, lanes, dtype=torch.int32)
+        plan[:, 0] = torch.randint(0, SLOTS + 1, shape, generator=generator)
+        plan[:, 1] = torch.randn(shape, generator=generator).view(torch.int32)
+        plan[:, 2] = torch.randint(0, len(Operator), shape, generator=generator)
+        plan[3, 0], plan[4, 1] = 0, 0
+        given = (hidden if has_hidden else None, residual, layer_tables(tables, 1), plan)
+        wanted.append(op.steer_traced(*given, True))
+        cases.append(dict(zip(("hidden", "state", "tables", "plan"), given, strict=True)))
+    cases = [{**made, "state": residual.clone()} for made in cases]
+    torch.save(cases, tmp_path / "cases.pt")
+    subprocess.run(
+        [sys.executable, "-c", INTERPRET, str(tmp_path / "cases.pt")],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        check=True,
+        timeout=120,
+    )
+    for made, want in zip(torch.load(tmp_path / "cases.pt"), wanted, strict=True):
+        torch.testing.assert_close(made["state"], want, atol=1e-5, rtol=1e-5)
+        assert torch.equal(made["state"][3:5], residual[3:5])
+        assert not torch.equal(made["state"], residual)
+
+
+def test_the_gpu_kernel_compiles_for_hopper(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = importlib.import_module(KERNEL)
+    constants = kernel.specialise(4096, 3, True, True)
+    warps = constants.pop("num_warps")
+    floats, halves = ("directions", "calibration", "scales"), ("hidden", "residual")
+    signature = {
+        **dict.fromkeys(halves, "*bf16"),
+        **dict.fromkeys(floats, "*fp32"),
+        "plan": "*i32",
+        **dict.fromkeys(("size", "hidden_stride", "residual_stride"), "i32"),
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    source = ASTSource(kernel.steer_kernel, signature, constants)
+    binary = triton.compile(source, GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert binary.asm["cubin"]
 
 
 def test_layers_outside_the_vector_and_zero_coefficients_change_nothing(case):
@@ -114,7 +200,7 @@ def test_the_hook_takes_pairs_and_single_tensors_and_refuses_the_rest():
     from spo.errors import SteeringError
 
     module = torch.nn.Module()
-    module.spo_gated, module.spo_capture = True, False
+    module.spo_gated, module.spo_capture, module.spo_traced = True, False, False
     module.spo_directions = module.spo_calibration = torch.zeros(2, 4)
     module.spo_scales = torch.zeros(2, 2)
     module.spo_plan = torch.zeros(8, 3, 1, dtype=torch.int32)

@@ -162,7 +162,9 @@ def test_a_vector_that_does_nothing_is_not_put_into_service(client: TestClient) 
     assert version_of(ask(client)) == 1
 
 
-@pytest.mark.parametrize("name", ["../state/artifacts", "missing", "/etc", "v2\x00", ".", "v2/../.."])
+@pytest.mark.parametrize(
+    "name", ["../state/artifacts", "missing", "/etc", "v2\x00", ".", "v2/../.."]
+)
 def test_only_artifacts_of_the_folder_can_be_loaded(client: TestClient, name: str) -> None:
     answer = manage(client, name="other", artifact=name)
     assert answer.status_code == 409, answer.text

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
+from spo.config_base import Positive, Slice
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-class ServeConfig(BaseModel):
+class ServeConfig(Slice):
     """The OpenAI-compatible endpoint. The engine itself is configured by `engine`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = "127.0.0.1"
     """Address that the server listens on; anything but loopback needs `keys_file`."""
@@ -55,8 +54,8 @@ class ServeConfig(BaseModel):
     default_max_tokens: Positive = 256
     max_dose: Annotated[float, Field(gt=0)] = 2.0
     """Largest dose relative to the hidden norm that a request may ask for."""
-    slots: Annotated[int, Field(ge=4)] = 16
-    """Vector versions that an engine holds at once."""
+    slots: Annotated[int, Field(ge=8)] = 32
+    """Vector versions that an engine holds at once, four for each name."""
     keep_versions: Annotated[int, Field(ge=2)] = 8
     """Versions of a name that are kept for rolling back."""
     deadline_s: Annotated[float, Field(gt=0)] = 120.0
@@ -70,7 +69,7 @@ class ServeConfig(BaseModel):
     """How often a gateway looks for vectors that another one loaded."""
     stream_interval_ms: Annotated[float, Field(ge=0)] = 20.0
     """Tokens that come closer together than this are sent as one piece."""
-    engine_options: dict[str, Any] = {}
+    engine_options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM, e.g. {tensor_parallel_size: 2}."""
 
     @model_validator(mode="after")

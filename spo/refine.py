@@ -1,0 +1,215 @@
+"""Stage II of one run: engines and reward models, coordinator and learner, joined.
+
+What the learner and the coordinator are is in `spo.stages`; `train` is the loop itself, a function
+that tests run on fakes in milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+
+from spo.algorithms.objectives import is_informative
+from spo.artifact import SteeringArtifact, write_atomic
+from spo.config import RunConfig
+from spo.errors import DataError
+from spo.progress import Reporter, following
+from spo.provenance import keep_quarantined
+from spo.records import Batch
+from spo.resources import (
+    ResolvedModel,
+    alignment_arguments,
+    resolve_model,
+    toxicity_arguments,
+    training_prompts,
+)
+from spo.stage1 import STAGE1, build_artifact
+from spo.stages.coordinator import Coordinator, Settings
+from spo.stages.learn import TrainLoopSettings, fit
+from spo.stages.learner import Update
+from spo.stages.ledger import Ledger
+from spo.stages.link import CoordinatorActor
+from spo.stages.observe import Recorder, open_sinks
+from spo.stages.rollout import EnginePool
+from spo.stages.schedule import Schedule
+from spo.stages.score import RewardPool
+from spo.vector import SteeringVector
+
+SPO = "spo"
+
+
+class Learner(Protocol):
+    """Improves a vector by one batch."""
+
+    @property
+    def vector(self) -> SteeringVector: ...
+
+    def update(self, batch: Batch, *, rank: int, world: int) -> Update: ...
+
+
+def train(
+    learner: Learner,
+    next_batch: Callable[[int, SteeringVector], Batch],
+    *,
+    steps: Iterable[int],
+    after_step: Callable[[Update, SteeringVector], None],
+    shard: tuple[int, int] = (0, 1),
+) -> SteeringVector:
+    """The preference loop.
+
+    Args:
+        learner: holds the vector and its optimiser.
+        next_batch: publishes the vector as version `step`, samples, scores; asked again for a step
+            it returns the same batch.
+        steps: steps still to run.
+        after_step: records figures and saves a checkpoint.
+        shard: (rank, number of workers): which groups of a batch this worker learns from.
+    """
+    rank, world = shard
+    for step in steps:
+        batch = next_batch(step, learner.vector)
+        update = learner.update(batch, rank=rank, world=world)
+        after_step(update, learner.vector)
+    return learner.vector
+
+
+class Pools:
+    """Engines and reward models of one run, started once and shared by training and evaluation."""
+
+    def __init__(self, config: RunConfig, reporter: Reporter) -> None:
+        self._config = config
+        self._reporter = reporter
+        self.prefix = f"{config.name}-{uuid.uuid4().hex[:8]}"
+        self.model: ResolvedModel = resolve_model(config.model, config.cache)
+
+    def __enter__(self) -> Pools:
+        config = self._config
+        self._reporter.stage(
+            f"Start {config.engine.replicas} {config.engine.backend} engine(s) and reward models"
+        )
+        self.rollouts = EnginePool.start(
+            self.model.path,
+            self.model.revision,
+            config.engine,
+            prefix=self.prefix,
+            seed=config.seed,
+        )
+        try:
+            self.rewards = RewardPool.start(
+                toxicity_arguments(config.reward, config.cache),
+                alignment_arguments(config.reward, config.cache),
+                config.reward,
+                prefix=self.prefix,
+            )
+        except BaseException:
+            self.rollouts.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.rewards.close()
+        self.rollouts.close()
+
+
+def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringArtifact:
+    """Stage II: refine the Stage I vector; continues an interrupted run of the same name."""
+    start = load_artifact(config, STAGE1, pools)
+    prompts, bad = training_prompts(config.data, config.cache, config.seed)
+    keep_quarantined(config, "training prompts", bad)
+    reporter.stage(
+        f"Refine by {config.learn.objective}: {config.learn.steps} steps of "
+        f"{config.rollout.harm_prompts}+{config.rollout.benign_prompts} prompts x "
+        f"{config.rollout.group_size} answers"
+    )
+    digest = config.digest_of(
+        *("seed", "data", "steering", "rollout", "reward", "learn"),
+        also=start.vector.sha256 + repr(prompts),
+    )
+    history = config.run_dir / f"history-{digest}.jsonl"
+    history.touch()
+    coordinator = (
+        ray.remote(CoordinatorActor)
+        .options(name=f"{pools.prefix}-coordinator", num_cpus=0, max_restarts=3)
+        .remote(
+            _connected_coordinator,
+            {"prompts": prompts, "config": config, "prefix": pools.prefix, "history": history},
+        )
+    )
+    settings = TrainLoopSettings(
+        model="fake" if config.engine.backend == "fake" else pools.model.path,
+        revision=pools.model.revision,
+        vector=start.vector.to_bytes(),
+        steering=config.steering,
+        config=config.learn,
+        coordinator=f"{pools.prefix}-coordinator",
+        namespace=config.ray.namespace,
+        batch_timeout_s=float(
+            config.engine.start_timeout_s
+            + 2 * config.engine.request_timeout_s
+            + config.reward.timeout_s
+        ),
+    )
+
+    def show(figures: Mapping[str, Any]) -> None:
+        parts = figures.get("reward_parts", {})
+        reporter.step(
+            figures["step"] + 1,
+            config.learn.steps,
+            f"reward {figures.get('reward', math.nan):+.3f}  "
+            f"toxicity {parts.get('toxicity_harm', math.nan):.3f}  kl {figures['kl']:.3f}",
+        )
+        for alarm in figures["alarms"]:
+            reporter.note(f"alarm at step {figures['step']}: {alarm}")
+
+    with following(history, show):
+        vector = fit(settings, train, name=f"train-{digest}", storage=config.run_dir)
+    write_atomic(config.run_dir / "history.jsonl", history.read_bytes())
+    keep_quarantined(config, "rollouts", ray.get(coordinator.quarantined.remote()))
+    ray.kill(coordinator)
+    pools.rollouts.retire(f"{SPO}-{digest}")
+    method = f"{config.learn.objective} from {config.estimate.method}"
+    artifact = build_artifact(config, vector, method, start.data_sha256, parent=start.vector.sha256)
+    artifact.save(config.run_dir / SPO)
+    return artifact
+
+
+def load_artifact(config: RunConfig, name: str, pools: Pools) -> SteeringArtifact:
+    """An artifact of this run, checked against the model that the engines hold."""
+    folder = config.run_dir / name
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist; run jobs.estimate (or jobs.pipeline) first")
+    held = pools.rollouts.info
+    return SteeringArtifact.load(folder, model_id=held.model_id, model_revision=held.model_revision)
+
+
+def _connected_coordinator(
+    prompts: list[Any], config: RunConfig, prefix: str, history: Path
+) -> Coordinator:
+    """Built inside the coordinator's own process, which finds the pools by name."""
+    name = history.stem.removeprefix("history-")
+    return Coordinator(
+        Schedule(prompts, config.rollout, config.seed),
+        EnginePool.connect(prefix, config.engine),
+        RewardPool.connect(prefix, config.reward),
+        Settings(
+            steering=config.steering,
+            rollout=config.rollout,
+            reward=config.reward,
+            steps=config.learn.steps,
+            informative=partial(is_informative, config=config.learn),
+            name=f"{SPO}-{name}",
+        ),
+        ledger=Ledger(config.run_dir / f"ledger-{name}.jsonl"),
+        recorder=Recorder(
+            config.reward,
+            history=history,
+            rollouts=config.run_dir / "rollouts" / name,
+            sinks=open_sinks(config.learn.loggers, config.run_dir, name),
+        ),
+    )
