@@ -12,6 +12,7 @@ with cluster/serve/serve.yaml puts the same application on a running cluster.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -126,6 +127,8 @@ def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    # Ray Serve's own 5 s are too short for a proxy that starts on a busy machine.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     with command.cluster(config):
         print(f"starting {config.engine.backend} on {settings.model} ...", flush=True)
         serve.start(http_options=http_options(limits))
