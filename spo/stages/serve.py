@@ -253,7 +253,11 @@ def application(settings: ServeSettings) -> serve.Application:
         "graceful_shutdown_wait_loop_s": 1.0,
     }
     registry = serve.deployment(Registry).options(
-        name="registry", num_replicas=1, ray_actor_options={"num_cpus": 0}
+        name="registry",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        # Gateways ask every second.
+        logging_config={"enable_access_log": False},
     )
     scaling: dict[str, Any] = {"num_replicas": limits.min_engines}
     if limits.max_engines > limits.min_engines:
