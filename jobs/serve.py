@@ -129,6 +129,8 @@ def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
         signal.signal(number, lambda *_: stop.set())
     # Ray Serve's own 5 s are too short for a proxy that starts on a busy machine.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    # Ray's workers run at niceness 15, as befits batch jobs; people wait for these answers.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     with command.cluster(config):
         print(f"starting {config.engine.backend} on {settings.model} ...", flush=True)
         serve.start(http_options=http_options(limits))

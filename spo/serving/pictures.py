@@ -70,8 +70,8 @@ def decode(data: bytes, max_pixels: int) -> Picture:
     """Decode untrusted bytes; Problem when they are no picture, damaged or too large."""
     try:
         with warnings.catch_warnings():
-            # Our own limit, checked before decoding, replaces Pillow's warning.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Our own limit replaces the bomb warning; damaged metadata is the sender's affair.
+            warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
@@ -82,6 +82,10 @@ def decode(data: bytes, max_pixels: int) -> Picture:
                         "allowed; scale it down",
                     )
                 rgb = _as_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise Problem(
+            413, "image_too_large", f"a picture has at most {max_pixels} pixels; scale it down"
+        ) from error
     except UnidentifiedImageError as error:
         raise _refuse(f"expected a picture ({', '.join(FORMATS)}), got something else") from error
     except (
@@ -95,7 +99,6 @@ def decode(data: bytes, max_pixels: int) -> Picture:
         AttributeError,
         EOFError,
         struct.error,
-        Image.DecompressionBombError,
     ) as error:
         # All that Pillow's decoders were seen to raise on damaged files.
         raise _refuse(f"the picture cannot be decoded: {error}"[:200]) from error

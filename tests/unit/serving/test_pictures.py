@@ -16,7 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from spo.serving.pictures import PictureLimits, decode, open_picture, refuse_private
+from spo.serving.pictures import (
+    PictureLimits,
+    PublicResolver,
+    decode,
+    open_picture,
+    refuse_private,
+)
 from spo.serving.problems import Problem
 
 LIMIT = 1_000_000
@@ -201,8 +207,10 @@ def test_only_listed_hosts_are_asked(url: str) -> None:
 
 def test_a_listed_name_that_points_inside_is_not_asked() -> None:
     """`localhost` is on the list, as a name that an attacker's DNS turns inside would be."""
-    with pytest.raises(Problem, match="not public"):
+    with pytest.raises(Problem, match="could not be fetched"):
         asyncio.run(open_picture("https://localhost/a.png", limits(("localhost",))))
+    with pytest.raises(OSError, match="not public"):
+        asyncio.run(PublicResolver().resolve("localhost", 443))
 
 
 @pytest.mark.parametrize(
