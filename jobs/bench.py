@@ -4,6 +4,9 @@ engine: plain vLLM against the steered engine (idle, all layers steered, adaptiv
 one batch, stacked vectors, publish latency), random weights, one picture each. Writes results.json
 and table.md, and prints the table.
 
+extract: activation extraction as a share of the matrix-product rate of the same run, against one
+image at a time, and one worker against several.
+
 serving: the endpoint against vLLM's own server, 64 clients, then vectors swapped and the engine
 killed under load. `--preset testbed` takes the embedded model.
 """
@@ -33,6 +36,13 @@ def main(arguments: list[str] | None = None) -> None:
     engine.add_argument("--output", type=Path, default=Path("runs/bench-engine"))
     engine.add_argument("--time-limit", type=float, default=480.0, metavar="SECONDS")
     engine.add_argument("--repeats", type=int, default=1)
+    extraction = kinds.add_parser("extract", help="throughput of activation extraction")
+    extraction.add_argument("--preset", default="tiny", choices=("tiny", "h200"))
+    extraction.add_argument("--output", type=Path, default=Path("runs/bench-extract"))
+    extraction.add_argument("--time-limit", type=float, default=420.0, metavar="SECONDS")
+    extraction.add_argument(
+        "--gpus", type=int, default=1, help="compare 1 .. this many cards (tiny: CPU workers)"
+    )
     serving = kinds.add_parser("serving", help="the endpoint against vLLM's own server")
     serving.add_argument("--preset", default="tiny", choices=("tiny", "testbed", "h200"))
     serving.add_argument("--output", type=Path, default=Path("runs/bench-serving"))
@@ -41,6 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
     serving.add_argument("--swaps", type=int, default=50)
     serving.add_argument("--no-kill", action="store_true", help="do not kill the engine")
     chosen = parser.parse_args(arguments)
+    if chosen.kind == "extract":
+        _extract(chosen)
+        return
     if chosen.kind == "serving":
         _serving(chosen)
         return
@@ -58,6 +71,14 @@ def main(arguments: list[str] | None = None) -> None:
     except SpoError as error:
         print(f"error: {error}; engine logs are in {chosen.output}", file=sys.stderr)
         sys.exit(1)
+    print(result.table())
+    print(f"written: {chosen.output / 'results.json'}")
+
+
+def _extract(chosen: argparse.Namespace) -> None:
+    from spo.stages.bench_extract import run
+
+    result = run(chosen.preset, chosen.output, time_limit=chosen.time_limit, gpus=chosen.gpus)
     print(result.table())
     print(f"written: {chosen.output / 'results.json'}")
 

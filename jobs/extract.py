@@ -17,7 +17,7 @@ def _run(_: argparse.Namespace, config: RunConfig) -> None:
     from spo.stage1 import run_extract
 
     prepare(config)
-    with command.cluster(config):
+    with command.cluster(config, ("extract",)):
         folder = run_extract(config, ConsoleReporter())
     print(f"activations: {folder}")
 

@@ -15,7 +15,7 @@ def _run(_: argparse.Namespace, config: RunConfig) -> None:
     from spo.pipeline import run
     from spo.progress import ConsoleReporter
 
-    with command.cluster(config):
+    with command.cluster(config, ("extract", "train", "evaluate")):
         path = run(config, ConsoleReporter())
     print(f"report: {path}")
 

@@ -20,7 +20,7 @@ def _run(_: argparse.Namespace, config: RunConfig) -> None:
 
     prepare(config)
     reporter = ConsoleReporter()
-    with command.cluster(config), Pools(config, reporter) as pools:
+    with command.cluster(config, ("train",)), Pools(config, reporter) as pools:
         run_train(config, reporter, pools)
     print(f"vector: {config.run_dir / SPO}")
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError
 
-from spo.config_base import Fraction, Positive, Slice
+from spo.config_base import Fraction, Location, Positive, Slice
 from spo.config_datasets import (
     DatasetConfig,
 )
@@ -136,6 +136,8 @@ class RayConfig(Slice):
     num_cpus: Positive | None = None
     """CPUs of a local cluster; None takes Ray's own count."""
     namespace: str = "spo"
+    node_wait_s: Annotated[int, Field(ge=0)] = 0
+    """How long an autoscaler gets to add nodes that a job lacks; 0 refuses at once."""
 
 
 class RunConfig(Slice):
@@ -143,7 +145,8 @@ class RunConfig(Slice):
 
     name: str = "testbed"
     seed: int = 0
-    output_dir: Path = Path("outputs")
+    output_dir: Location = "outputs"
+    """Folder, or URL such as s3://bucket/prefix; a run writes to `output_dir/name`."""
     cache_dir: Path = Path("~/.cache/spo-vlm")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -159,9 +162,21 @@ class RunConfig(Slice):
     ray: RayConfig = RayConfig()
 
     @property
+    def run_url(self) -> str | None:
+        """URL of this run when its outputs go to remote storage; None for a folder."""
+        return f"{self.output_dir.rstrip('/')}/{self.name}" if "://" in self.output_dir else None
+
+    @property
     def run_dir(self) -> Path:
-        """Absolute folder of this run's outputs."""
-        return (self.output_dir / self.name).expanduser().absolute()
+        """Absolute folder of this run's outputs; a local mirror of `run_url` if there is one."""
+        if self.run_url is not None:
+            return self.cache / "mirror" / f"{self.name}-{_digest(self.run_url)[:8]}"
+        return (Path(self.output_dir) / self.name).expanduser().absolute()
+
+    @property
+    def storage(self) -> str:
+        """Where Ray keeps its own checkpoints: `run_url`, or `run_dir` as text."""
+        return self.run_url or str(self.run_dir)
 
     @property
     def cache(self) -> Path:
@@ -186,7 +201,15 @@ class RunConfig(Slice):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def _placeless(content: Any) -> Any:
+    """Without node labels: where a process runs does not change what it computes."""
+    if isinstance(content, dict):
+        return {key: _placeless(value) for key, value in content.items() if key != "labels"}
+    return [_placeless(item) for item in content] if isinstance(content, list) else content
+
+
 def _digest(content: object) -> str:
+    content = _placeless(content)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

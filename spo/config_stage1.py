@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from spo.config_base import Fraction, Positive, Slice
+from spo.config_base import Fraction, Labels, Positive, Slice
 from spo.config_datasets import DatasetConfig
 from spo.records import Positions
 
@@ -153,6 +153,7 @@ class ExtractConfig(Slice):
     workers: Positive = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPU share of each worker; 0 runs on the CPU."""
+    labels: Labels = Field(default_factory=dict)
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Computation type."""
     storage: Literal["float16", "bfloat16"] = "float16"

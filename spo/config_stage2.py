@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from spo.config_base import Fraction, Positive, Slice
+from spo.config_base import Fraction, Labels, Positive, Slice
 
 
 class EngineConfig(Slice):
@@ -23,6 +23,7 @@ class EngineConfig(Slice):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.55
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPU share of each replica in Ray; 0 runs on the CPU."""
+    labels: Labels = Field(default_factory=dict)
     slots: Positive = 32
     """Vector versions that one engine holds at once, over all callers that share it."""
     min_engines: Positive = 1
@@ -104,6 +105,7 @@ class RewardConfig(Slice):
     not depend on what else came in."""
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPU share of each scorer; 0 runs on the CPU."""
+    labels: Labels = Field(default_factory=dict)
     replicas: Positive = 1
     timeout_s: Positive = 300
 
@@ -158,6 +160,7 @@ class LearnConfig(Slice):
     use_gpu: bool = False
     num_gpus: Annotated[float, Field(gt=0)] = 1.0
     """GPU share of each worker, with `use_gpu`; below 1 it shares a card with an engine."""
+    labels: Labels = Field(default_factory=dict)
     max_failures: Annotated[int, Field(ge=0)] = 3
 
     @model_validator(mode="after")

@@ -168,7 +168,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
             reporter.note(f"alarm at step {figures['step']}: {alarm}")
 
     with following(history, show):
-        vector = fit(settings, train, name=f"train-{digest}", storage=config.run_dir)
+        vector = fit(settings, train, name=f"train-{digest}", storage=config.storage)
     write_atomic(config.run_dir / "history.jsonl", history.read_bytes())
     keep_quarantined(config, "rollouts", ray.get(coordinator.quarantined.remote()))
     ray.kill(coordinator)

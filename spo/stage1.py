@@ -80,7 +80,7 @@ def run_leave_one_out(config: RunConfig, reporter: Reporter) -> str:
     reporter.stage("Leave each source out once")
     found = load_activations(config.run_dir / "activations", source_weights(config))
     left = leave_one_out(found.contrasts, found.layers, found.num_layers, config.estimate)
-    content = [asdict(item) for item in left]
+    content = {"rows": [asdict(item) for item in left]}
     write_atomic(config.run_dir / LEFT_OUT, json.dumps(content).encode())
     return left_out_table(left)
 

@@ -168,7 +168,7 @@ def pca(contrast: Contrast, keep: Keep, config: EstimateConfig) -> Floats:
     generator = np.random.default_rng(0)
     layers, width = centre.shape
     basis = generator.standard_normal((layers, width, min(_SUBSPACE, width)))
-    basis[:, :, 0] = found.difference + _TINY * basis[:, :, 0]
+    basis[:, :, 0] = unit_rows(found.difference)  # refuses sides that do not differ
     for _ in range(config.passes):
         basis = np.linalg.qr(basis)[0]
         product = np.zeros_like(basis)

@@ -47,7 +47,12 @@ def load_image(path: str) -> Image.Image:
                 return image.convert("RGB")
     except DataError:
         raise
-    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"picture {path!r} has more than the {MAX_PIXELS} pixels that are allowed ({error}); "
+            "scale it down"
+        ) from error
+    except (OSError, SyntaxError, ValueError, Warning) as error:
         raise DataError(
             f"picture {path!r} cannot be decoded ({error}); expected a whole PNG or JPEG file"
         ) from error

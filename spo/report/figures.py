@@ -68,12 +68,13 @@ class Plot:
 
 
 _Draw = Callable[[RunRecord, Theme], Figure | None]
+PlotKind = tuple[str, str, _Draw]
 
 
-def draw_plots(record: RunRecord) -> dict[str, Plot]:
-    """Every plot that the run has figures for, by name."""
+def draw_plots(record: RunRecord, more: Mapping[str, PlotKind] | None = None) -> dict[str, Plot]:
+    """Every plot that the run has figures for, by name; `more` adds kinds of plots."""
     plots: dict[str, Plot] = {}
-    for name, (title, description, draw) in _PLOTS.items():
+    for name, (title, description, draw) in {**_PLOTS, **(more or {})}.items():
         images = [_png(record, theme, draw) for theme in (LIGHT, DARK)]
         if images[0] is not None and images[1] is not None:
             plots[name] = Plot(
@@ -358,7 +359,7 @@ def _arms(intervals: Sequence[Interval]) -> NDArray[np.float64]:
     return np.clip(_finite(np.ravel(arms)).reshape(2, -1), 0.0, None)
 
 
-_PLOTS: Mapping[str, tuple[str, str, _Draw]] = {
+_PLOTS: Mapping[str, PlotKind] = {
     "toxicity": (
         "Toxicity by defence",
         "Mean toxicity of the answers by condition and defence, as the judge scores them. Bars are "

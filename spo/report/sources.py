@@ -36,6 +36,46 @@ class Curve(BaseModel):
     high: list[Number] = []
 
 
+class Bins(BaseModel):
+    """Projections of one source's held-out rows at one layer."""
+
+    layer: int
+    edges: list[Number]
+    harm: list[int]
+    safe: list[int]
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Bins:
+        if not len(self.edges) - 1 == len(self.harm) == len(self.safe):
+            raise ValueError("a histogram needs one more edge than counts on each side")
+        return self
+
+
+class Range(BaseModel):
+    """A figure with its interval."""
+
+    mean: Number
+    low: Number
+    high: Number
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+class LeftOutRow(BaseModel):
+    """How the other sources' directions separate a source that they never saw."""
+
+    source: str
+    layer: int
+    combined: Range
+    singles: dict[str, Range]
+    picked: str
+
+
+class _LeftOut(BaseModel):
+    rows: list[LeftOutRow]
+
+
 class Separability(BaseModel):
     """How well each layer tells harm from safe, by source."""
 
@@ -45,11 +85,16 @@ class Separability(BaseModel):
     chosen: list[int]
     weights: list[Number] = []
     cosines: dict[str, list[Number]] = {}
+    own: dict[str, Curve] = {}
+    halves: dict[str, list[Number]] = {}
+    source_weights: dict[str, list[Number]] = {}
+    histograms: dict[str, Bins] = {}
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Separability:
-        curves = [*self.sources.values(), self.combined]
+        curves = [*self.sources.values(), *self.own.values(), self.combined]
         lists = [c.auc for c in curves] + list(self.cosines.values())
+        lists += [*self.halves.values(), *self.source_weights.values()]
         lists += [bound for c in curves for bound in (c.low, c.high) if bound]
         if any(len(values) != len(self.layers) for values in lists):
             raise ValueError(f"every curve must have {len(self.layers)} values, one for each layer")
@@ -95,6 +140,7 @@ class RunRecord:
     name: str
     config_text: str | None
     separability: Separability | None
+    left_out: tuple[LeftOutRow, ...]
     history: tuple[Step, ...]
     """One entry for each step, in order; a step that was run again counts as its last run."""
     evaluation: EvaluationReport | None
@@ -121,6 +167,7 @@ def read_run(folder: Path) -> RunRecord:
         name=_name(config_text, folder),
         config_text=config_text,
         separability=_model(Separability, folder / "separability.json", missing),
+        left_out=_left_out(folder / "leave_one_out.json", missing),
         history=_history(folder / "history.jsonl", missing),
         evaluation=evaluation,
         attack=_model(Attack, folder / "attack.json", missing),
@@ -165,6 +212,12 @@ def _model(kind: type[_M], path: Path, missing: dict[str, str]) -> _M | None:
     except ValidationError as error:
         missing[path.name] = f"is damaged: {_first_fault(error)}"
         return None
+
+
+def _left_out(path: Path, missing: dict[str, str]) -> tuple[LeftOutRow, ...]:
+    """Rows of `leave_one_out.json`; absent unless jobs.estimate was asked for it."""
+    found = _model(_LeftOut, path, missing) if path.is_file() else None
+    return tuple(found.rows) if found else ()
 
 
 def _first_fault(error: ValidationError) -> str:

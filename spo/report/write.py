@@ -18,6 +18,13 @@ from spo.report.answers import CHOICE, VEIL_FROM, attack_pictures, card_groups, 
 from spo.report.figures import Plot, draw_plots
 from spo.report.headline import findings, machine_readable, tables, tiles
 from spo.report.sources import QuarantineEntry, RunRecord, Separability, Step, read_run
+from spo.report.stage1 import (
+    DESCRIPTION,
+    TITLE,
+    draw_projections,
+    left_out_rows,
+    source_rows,
+)
 from spo.report.text import visible
 
 _SHOWN_QUARANTINE = 200
@@ -37,7 +44,7 @@ def write_report(run_dir: Path) -> Path:
         StageError: the folder cannot be written to.
     """
     record = read_run(run_dir)
-    plots = draw_plots(record)
+    plots = draw_plots(record, {"projections": (TITLE, DESCRIPTION, draw_projections)})
     page = _page(record, plots)
     try:
         (run_dir / "plots").mkdir(exist_ok=True)
@@ -89,6 +96,8 @@ def _page(record: RunRecord, plots: Mapping[str, Plot]) -> str:
         training=_training_facts(record.history),
         separability=record.separability,
         layers=_chosen_layers(record.separability),
+        contrast_sources=source_rows(record.separability),
+        left_out=left_out_rows(record.left_out),
         attack=attack,
         attack_pictures=(
             attack_pictures(attack.clean, attack.attacked, record.folder) if attack else None

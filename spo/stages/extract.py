@@ -200,6 +200,7 @@ def _run(folder: Path, model: str, revision: str | None, config: ExtractConfig) 
             compute=ray.data.ActorPoolStrategy(size=config.workers),
             num_cpus=1,
             num_gpus=config.num_gpus or None,
+            label_selector=config.labels,
         )
         try:
             mapped.write_parquet(str(folder / DATA))

@@ -46,10 +46,11 @@ Loop = Callable[..., SteeringVector]
 """`spo.pipeline.train`, handed in so that the order of the steps stays written in one place."""
 
 
-def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: Path) -> SteeringVector:
+def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: str) -> SteeringVector:
     """Run the preference loop under Ray Train and return the trained vector.
 
-    The same name and storage continue an interrupted run at its last checkpoint.
+    The same name and storage (a folder or URL that every node can write) continue an interrupted
+    run at its last checkpoint.
 
     Raises:
         StageError: training failed; the message holds the worker's own first error.
@@ -67,13 +68,14 @@ def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: Path) ->
             if config.min_workers is None
             else (config.min_workers, config.workers),
             use_gpu=config.use_gpu,
+            label_selector=config.labels or None,
             # It works while the engines wait, so it asks for next to no CPU of its own.
             resources_per_worker={"CPU": 0.1}
             | ({"GPU": config.num_gpus} if config.use_gpu else {}),
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(storage),
+            storage_path=storage,
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=3),
         ),

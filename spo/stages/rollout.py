@@ -112,6 +112,7 @@ class EnginePool:
                 name=f"{prefix}-engine-{i}",
                 num_cpus=1,
                 num_gpus=config.num_gpus,
+                label_selector=config.labels,
                 max_restarts=config.max_restarts,
                 max_task_retries=0,
             ).remote(model, revision, config, seed + i)

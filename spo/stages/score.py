@@ -174,6 +174,7 @@ class RewardPool:
                 name=f"{prefix}-scorer-{i}",
                 num_cpus=0.5,
                 num_gpus=config.num_gpus,
+                label_selector=config.labels,
                 max_restarts=3,
                 max_concurrency=64,
             )

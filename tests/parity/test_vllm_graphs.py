@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from spo.engines.vllm_plugin import graphs, worker
+from spo.engines.vllm_plugin import graphs, install, worker
+from spo.engines.vllm_plugin.launch import VllmSettings, start_llm
 from spo.engines.vllm_plugin.op import Switch
-from spo.errors import SteeringError
+from spo.engines.vllm_plugin.wire import CONFIG_KEY, PluginConfig
+from spo.errors import EngineError, SteeringError
 
 pytestmark = pytest.mark.vllm
 LAYERS = 4
@@ -268,3 +270,35 @@ def test_layers_are_found_by_structure_or_not_at_all():
     model.twin = blocks(3)
     with pytest.raises(SteeringError, match="layers', 'twin"):
         worker.find_layers(model, 3)
+
+
+def test_a_process_without_the_plugin_cannot_store_graphs_under_the_steered_key():
+    """`additional_config` alone is not enough of a key: seen on an H200."""
+    from vllm.config.vllm import VllmConfig
+
+    install.register()
+    unloaded = VllmConfig.compute_hash.__wrapped__
+    steered = VllmConfig(additional_config={CONFIG_KEY: PluginConfig().to_wire()})
+    assert steered.compute_hash() != unloaded(steered)
+    assert steered.compute_hash() == steered.compute_hash()
+    for other in (None, {"mine": 1}):
+        plain = VllmConfig(additional_config=other or {})
+        assert plain.compute_hash() == unloaded(plain)
+    others = [
+        VllmConfig(additional_config={CONFIG_KEY: PluginConfig(**changes).to_wire()})
+        for changes in ({"body": "traced"}, {"lanes": 2}, {"capture_rows": 8})
+    ]
+    assert len({config.compute_hash() for config in (steered, *others)}) == 4
+
+
+def test_an_engine_whose_plugin_would_not_load_is_refused_before_it_starts(monkeypatch):
+    install.check_entry_point()
+    for value in ("", "other"):
+        monkeypatch.setenv("VLLM_PLUGINS", value)
+        with pytest.raises(EngineError, match="VLLM_PLUGINS"):
+            start_llm("nowhere", None, VllmSettings(), PluginConfig())
+    monkeypatch.setenv("VLLM_PLUGINS", "other,spo_steering")
+    install.check_entry_point()
+    monkeypatch.setattr(install.importlib.metadata, "entry_points", lambda group: [])
+    with pytest.raises(EngineError, match="install this one"):
+        start_llm("nowhere", None, VllmSettings(), PluginConfig())

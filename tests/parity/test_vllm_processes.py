@@ -93,7 +93,8 @@ def test_the_asyncio_engine_mixes_publishes_and_refuses_like_the_other(engines, 
             cut = engine.stream(ask(specs[1], 40))
             await anext(cut)
             await cut.aclose()
-            await engine.publish("b", new, 1)  # nothing holds the old version any more
+            engine.retire("a", 1)  # would raise if the aborted request still held it
+            await engine.publish("b", new, 1)
             return together, slow, newer
         finally:
             engine.close()

@@ -55,7 +55,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         ("model.id=org/name=x", lambda c: c.model.id, "org/name=x"),
         ("model.revision=", lambda c: c.model.revision, None),
         ("name=experiment-e", lambda c: c.name, "experiment-e"),
-        ("output_dir=some where/é", lambda c: c.output_dir, Path("some where/é")),
+        ("output_dir=some where/é", lambda c: c.output_dir, "some where/é"),
     ],
 )
 def test_values_of_overrides(override: str, read: object, expected: object) -> None:
@@ -167,6 +167,18 @@ def test_frozen() -> None:
     config = load_config()
     with pytest.raises(pydantic.ValidationError):
         config.learn.steps = 3  # type: ignore[misc]
+
+
+def test_a_url_has_a_local_mirror_of_its_own(tmp_path: Path) -> None:
+    settings = ["name=r", f"cache_dir={tmp_path}", "output_dir=s3://bucket/runs/"]
+    config = load_config(None, settings)
+    assert config.run_url == config.storage == "s3://bucket/runs/r"
+    assert config.run_dir.parent == tmp_path / "mirror"
+    other = load_config(None, [*settings[:2], "output_dir=s3://bucket/others"])
+    assert other.run_dir != config.run_dir
+    local = load_config(None, [*settings[:2], f"output_dir={tmp_path}"])
+    assert local.run_url is None
+    assert local.storage == str(tmp_path / "r")
 
 
 def test_run_dir_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,22 +11,17 @@ from spo.config import (
     AttackConfig,
     DataConfig,
     EvaluateConfig,
-    ExtractConfig,
     RewardConfig,
     RunConfig,
-    SourceConfig,
 )
 from spo.errors import ConfigError, DataError
 from spo.prompts import write_prompts
-from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side
+from spo.records import Prompt, PromptFormat, PromptKind
 from spo.resources import (
     alignment_arguments,
-    contrast_rows,
     evaluation_inputs,
-    source_weights,
     training_prompts,
 )
-from spo.stages.extract import CALIBRATION
 
 
 def prompt_file(folder: Path) -> Path:
@@ -66,31 +61,6 @@ def test_testbed_prompts_are_the_same_for_the_same_seed_and_disjoint_from_heldou
     assert not {p.image for s in inputs.sets for p in s.prompts if p.image} & {
         p.image for p in first
     }
-
-
-def test_contrast_rows_of_every_kind(tmp_path: Path) -> None:
-    own = tmp_path / "mine.jsonl"
-    own.write_text(
-        '{"id": "a", "text": "bad", "side": "harm"}\n{"id": "b", "text": "good", "side": "safe"}\n'
-        '{"id": "c", "text": 3, "side": "safe"}\n'
-    )
-    sources = (
-        SourceConfig(kind="continuation", rows=3),
-        SourceConfig(kind="typographic", rows=2, weight=0.5),
-        SourceConfig(kind="file", path=own),
-    )
-    run = RunConfig(cache_dir=tmp_path, extract=ExtractConfig(sources=sources, calibration_rows=4))
-    rows, bad = contrast_rows(run)
-    count = {
-        name: sum(r.source == name for r in rows)
-        for name in ("continuation", "typographic", "mine", CALIBRATION)
-    }
-    assert count == {"continuation": 6, "typographic": 4, "mine": 2, CALIBRATION: 4}
-    assert [row.row_id for row in bad] == ["mine.jsonl:3"]
-    assert source_weights(run) == {"continuation": 1.0, "typographic": 0.5, "mine": 1.0}
-    pictures = [r for r in rows if r.source == "typographic"]
-    assert all(r.prompt.image and r.positions is Positions.LAST_PROMPT for r in pictures)
-    assert {r.side for r in pictures} == set(Side)
 
 
 def test_own_evaluation_prompts_need_material_for_the_attack(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +21,7 @@ from typing import Any
 
 from spo.engines.vllm_plugin.bench_process import EngineProcess
 from spo.engines.vllm_plugin.bench_result import BenchResult, Measure, Workload
+from spo.engines.vllm_plugin.install import check_entry_point
 from spo.errors import EngineError
 
 _TINY: dict[str, Any] = {
@@ -32,12 +35,13 @@ _TINY: dict[str, Any] = {
     "image": 56,
     "check_shape": "llava-tiny",
     "check_kv_cache_gib": 0.1,
+    "check_seconds": 20.0,
     "eager": True,
     "engines": ["plain", "kernel"],
 }
 _H200: dict[str, Any] = {
     "batches": [1, 64, 256],
-    "runs": {1: 6, 64: 2, 256: 1},
+    "runs": {1: 4, 64: 2, 256: 1},
     "tokens": 128,
     "pairs": 256,
     "lanes": 3,
@@ -49,6 +53,7 @@ _H200: dict[str, Any] = {
     "image": 448,
     "check_shape": "llava-small",
     "check_kv_cache_gib": 2.0,
+    "check_seconds": 30.0,
     "eager": False,
     "engines": ["plain", "kernel"],
 }
@@ -65,7 +70,13 @@ _TWO_RANKS: dict[str, Any] = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     },
 }
-_NO_FUSED_ALLREDUCE = {"compilation_config": {"pass_config": {"fuse_allreduce_rms": False}}}
+_TWO_RANK_OPTIONS = {
+    "compilation_config": {
+        "pass_config": {"fuse_allreduce_rms": False},
+        # The batches that are measured and a few more: a start in half the time.
+        "cudagraph_capture_sizes": [1, 2, 8, 32, 64, 128, 256],
+    }
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         **_TINY,
@@ -83,15 +94,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "models": [
             # LLaVA has no grouped attention: 0.5 MB a token, so the cache holds a part of 256
             # requests at a time; Qwen's holds them all.
-            {"shape": "llava-1.5-7b", "kv_cache_gib": 72.0},
+            {"shape": "llava-1.5-7b", "kv_cache_gib": 60.0},
             {"shape": "qwen2.5-vl-7b", "kv_cache_gib": 30.0},
         ],
     },
     "h200-tp2": {
         **_H200,
         **_TWO_RANKS,
-        "options": {**_H200["options"], **_NO_FUSED_ALLREDUCE},
-        "models": [{"shape": "llava-1.5-7b", "kv_cache_gib": 80.0}],
+        "options": {**_H200["options"], **_TWO_RANK_OPTIONS},
+        "models": [{"shape": "llava-1.5-7b", "kv_cache_gib": 48.0}],
     },
 }
 """`kv_cache_gib` is shared by the engines of a model on one card."""
@@ -105,10 +116,10 @@ def workloads(batch: int, engines: Sequence[str], steerings: Sequence[str]) -> l
         if engine == "plain":
             made.append(Workload(engine=engine, batch=batch, steering="none"))
             continue
-        made.append(Workload(engine=engine, batch=batch, steering="idle"))
-        # The form that is not the default only for comparison, so that time is left for the other.
-        few = [name for name in steerings if name in ("add", "adaptive")]
-        listed = few if engine == "traced" and "kernel" in engines else steerings
+        listed: Sequence[str] = ("idle", *steerings)
+        if engine == "traced" and "kernel" in engines:
+            # For comparison only, so that time is left for the other form.
+            listed = ("idle", "add") if batch <= 64 else ()
         made += [Workload(engine=engine, batch=batch, steering=name) for name in listed]
     return made
 
@@ -130,6 +141,7 @@ class _Bench:
         self.begin = time.monotonic()
         self.deadline = self.begin + time_limit
         self.children: dict[tuple[str, str], EngineProcess] = {}
+        self.cache = Path(tempfile.mkdtemp(prefix="spo-bench-"))
         self._say = say
         self._lock = threading.Lock()
 
@@ -157,21 +169,47 @@ class _Bench:
             "weights": True,
             "kv_cache_gib": self.sizes["check_kv_cache_gib"],
         }
-        first = cards[0] if cards else None
+        # Where the most memory is left.
+        last = cards[-1] if cards else None
         for name in steered[: 1 if ranks > 1 else None]:
-            self._start_one(f"{name}, checked", first, {**small, "engine": name}, 1)
+            self._start_one(f"{name}, checked", last, {**small, "engine": name}, 1)
         if ranks > 1 and steered:
             self._start_one("all ranks", None, {**small, "engine": steered[0]}, ranks)
-        for (shape, name), child in list(self.children.items()):
-            facts = self.ask(shape, name, None)
-            if facts is not None:
-                self.result.facts[f"{shape} {name}"] = facts
-                self._check(f"{shape} {name}", facts)
-                self.say(f"{shape} {name} {child.card}: {json.dumps(facts)}")
-        if ranks > 1 and steered:
-            self._compare_ranks(steered[0])
-        for key in [key for key in self.children if key[0] == self.sizes["check_shape"]]:
-            self.children.pop(key).stop()
+        for shape, name in self._measured():
+            self._ready(shape, name)
+        for shape, name in self._measured():
+            self._look(shape, name)
+        self.write()
+
+    def _measured(self) -> list[tuple[str, str]]:
+        return [key for key in self.children if key[0] != self.sizes["check_shape"]]
+
+    def _ready(self, shape: str, name: str) -> None:
+        ready = self.ask(shape, name, None)
+        if ready is not None:
+            card = self.children[shape, name].card
+            self.say(f"{shape} {name} ready after {ready['start_seconds']} s {card}")
+
+    def _look(self, shape: str, name: str) -> None:
+        """Facts of one engine, canary, parity and all."""
+        facts = self.ask(shape, name, {"facts": {}})
+        if facts is not None:
+            self.result.facts[f"{shape} {name}"] = facts
+            self._check(f"{shape} {name}", facts)
+            self.say(f"{shape} {name}: {json.dumps(facts)}")
+
+    def check(self) -> None:
+        """The small engines with real weights; they started with the others and waited."""
+        checked = [key for key in self.children if key[0] == self.sizes["check_shape"]]
+        for shape, name in checked:
+            self._ready(shape, name)
+            self._look(shape, name)
+        if "all ranks" in [name for _, name in checked]:
+            self._compare_ranks(checked[0][1])
+        for key in checked:
+            child = self.children.pop(key, None)
+            if child is not None:
+                child.stop()
         self.write()
 
     def _start_one(
@@ -186,6 +224,8 @@ class _Bench:
             "folder": str(self.output / "models" / stem),
         }
         environment = dict(self.sizes.get("environment", {}))
+        # Graphs that another version or a plain engine left behind must not be found.
+        environment["VLLM_CACHE_ROOT"] = str(self.cache / stem)
         if card is not None:
             environment["CUDA_VISIBLE_DEVICES"] = card
         child = EngineProcess(settings, self.output / f"{stem}.log", environment)
@@ -221,11 +261,14 @@ class _Bench:
 
     def measure(self, models: Sequence[Mapping[str, Any]], repeats: int) -> None:
         """All workloads of these models, until the repeats or the time are used up."""
+        batches = list(self.sizes["batches"])
         for number in range(repeats):
             for model in models:
-                for batch in self.sizes["batches"]:
+                # The last size is not always the one for which no time is left.
+                shift = number % len(batches)
+                for batch in batches[-shift:] + batches[:-shift] if shift else batches:
                     for run in range(self.sizes["runs"].get(batch, 1)):
-                        if self.left() <= 0:
+                        if self.left() <= self.sizes["check_seconds"]:
                             return
                         self._turn(model["shape"], batch, f"{number}.{run}", number + run)
 
@@ -238,7 +281,7 @@ class _Bench:
             answer = self.ask(shape, workload.engine, {"measure": workload.to_wire()})
             if answer is not None:
                 seen.append(Measure(model=shape, workload=workload, turn=turn, **answer))
-            if self.left() < -20.0:
+            if self.left() < self.sizes["check_seconds"] - 20.0:
                 break
         with self._lock:
             self.result.measures += seen
@@ -246,9 +289,9 @@ class _Bench:
         shares = ", ".join(f"{m.workload.name} {m.tokens_per_second:,.0f}" for m in seen)
         self.say(f"{shape} batch {batch} turn {turn}: {shares}")
 
-    def _compare_ranks(self, engine: str) -> None:
+    def _compare_ranks(self, one: str) -> None:
         """Steered log-probabilities of one rank and of all."""
-        shape, names = self.sizes["check_shape"], (f"{engine}, checked", "all ranks")
+        shape, names = self.sizes["check_shape"], (one, "all ranks")
         answers = [self.ask(shape, name, {"logprobs": {}}) for name in names]
         found = [answer for answer in answers if answer is not None]
         if len(found) == len(names):
@@ -264,6 +307,7 @@ class _Bench:
                     self.result.facts.setdefault(f"{shape} {name}", {})["after"] = facts
         for child in self.children.values():
             child.stop()
+        shutil.rmtree(self.cache, ignore_errors=True)
         self.write()
 
     def write(self) -> None:
@@ -304,6 +348,7 @@ def run(
     sizes = dict(PRESETS[preset])
     if engines is not None:
         sizes["engines"] = list(engines)
+    check_entry_point()
     output.mkdir(parents=True, exist_ok=True)
     result = BenchResult(preset=preset)
     bench = _Bench(sizes, output, result, time_limit, say)
@@ -316,6 +361,7 @@ def run(
         with ThreadPoolExecutor(lanes) as pool:
             shares = [sizes["models"][i::lanes] for i in range(lanes)]
             list(pool.map(lambda models: bench.measure(models, repeats), shares))
+        bench.check()
     finally:
         bench.finish()
     return result

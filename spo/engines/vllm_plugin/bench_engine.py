@@ -344,11 +344,13 @@ def main() -> None:
         try:
             if "start" in message:
                 engine = BenchEngine(message["start"])
-                answer: dict[str, Any] = engine.facts()
+                answer: dict[str, Any] = {"start_seconds": round(engine.start_seconds, 1)}
             elif engine is None:
                 answer = {"error": "the engine did not start"}
             elif "measure" in message:
                 answer = engine.measure(message["measure"])
+            elif "facts" in message:
+                answer = engine.facts()
             else:
                 answer = engine.logprobs() if "logprobs" in message else engine.describe()
         except (SpoError, RuntimeError, ValueError) as error:

@@ -14,6 +14,8 @@ from typing import Any
 
 from spo.errors import EngineError
 
+COMMAND = (sys.executable, "-m", "spo.engines.vllm_plugin.bench_engine")
+
 
 class EngineProcess:
     """A process that holds one engine.
@@ -29,10 +31,9 @@ class EngineProcess:
     ) -> None:
         self.settings = settings
         self.card = environment.get("CUDA_VISIBLE_DEVICES", "")
-        command = [sys.executable, "-m", "spo.engines.vllm_plugin.bench_engine"]
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                command,
+                COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

@@ -1,18 +1,23 @@
 """Entry point `vllm.general_plugins`: hooks the worker wrapper, cheaply and only once.
 
-Importing this module loads neither torch nor vLLM. `register` patches one method, which runs
-vLLM's own and then looks for `additional_config["spo_steering"]`; without it nothing else happens.
+Importing this module loads neither torch nor vLLM. `register` patches two methods, which run vLLM's
+own and then look for `additional_config["spo_steering"]`; without it nothing else happens.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib.metadata
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
-from spo.engines.vllm_plugin.wire import CONFIG_KEY, PluginConfig
-from spo.errors import SteeringError
+from spo.engines.vllm_plugin.wire import CONFIG_KEY, PluginConfig, op_version
+from spo.errors import EngineError, SteeringError
+
+_ENTRY_POINT = "spo_steering"
 
 _MARK = "_spo_steering_registered"
 
@@ -34,9 +39,48 @@ def register() -> None:
         return result
 
     WorkerWrapperBase.init_device = init_device_then_prepare
+    _salt_compile_cache()
     for method in (spo_publish, spo_receipts, spo_captures, spo_describe):
         setattr(WorkerBase, method.__name__, method)
     setattr(WorkerWrapperBase, _MARK, True)
+
+
+def _salt_compile_cache() -> None:
+    """Put into vLLM's compile-cache key that this code was really there.
+
+    `additional_config` alone is part of the key even in a process in which the plugin did not load
+    (not installed, VLLM_PLUGINS): that process would store unsteered graphs under the steered key.
+    """
+    from vllm.config.vllm import VllmConfig
+
+    compute_hash = VllmConfig.compute_hash
+
+    @functools.wraps(compute_hash)
+    def compute_salted_hash(self: Any, *args: Any, **kwargs: Any) -> str:
+        base = str(compute_hash(self, *args, **kwargs))
+        if CONFIG_KEY not in (self.additional_config or {}):
+            return base
+        return hashlib.sha256(f"{base} {op_version()}".encode()).hexdigest()[: len(base)]
+
+    VllmConfig.compute_hash = compute_salted_hash
+
+
+def check_entry_point() -> None:
+    """Raise EngineError, before anything heavy, where vLLM would not find the plugin."""
+    group = importlib.metadata.entry_points(group="vllm.general_plugins")
+    if not any(f"{entry.value}" == f"{__name__}:{register.__name__}" for entry in group):
+        raise EngineError(
+            "vLLM would not load the steering plugin: no installed package declares the entry "
+            f"point {_ENTRY_POINT!r} of group 'vllm.general_plugins' (found "
+            f"{sorted(entry.name for entry in group)}); install this one, e.g. `uv pip install -e "
+            ".`: a source folder on PYTHONPATH is not enough"
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and _ENTRY_POINT not in allowed.split(","):
+        raise EngineError(
+            f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading the steering plugin; unset it or "
+            f"add {_ENTRY_POINT!r}"
+        )
 
 
 def _steer_after_load(worker: Any, vllm_config: Any, config: PluginConfig) -> None:

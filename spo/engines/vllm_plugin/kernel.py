@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spo.engines.vllm_plugin.wire import OPERATOR_CODES
+from spo.errors import SteeringError
 from spo.records import Operator
 
 _ADD = tl.constexpr(OPERATOR_CODES[Operator.ADD])
@@ -97,8 +98,16 @@ def launch(
             contiguous.
         plan: (at least n, 3, lanes) int32, contiguous.
         gated: whether an operator other than `add` may occur.
+
+    Raises:
+        SteeringError: a layout that the kernel does not read.
     """
     tokens, size = residual.shape
+    if residual.stride(1) != 1 or (hidden is not None and hidden.stride(1) != 1):
+        raise SteeringError(
+            f"the kernel needs contiguous rows, got strides {residual.stride()} for the residual; "
+            "start the engine with body='traced'"
+        )
     if not tokens:
         return
     steer_kernel[(tokens,)](

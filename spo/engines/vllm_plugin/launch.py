@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from spo.engines.vllm_plugin.install import check_entry_point
 from spo.engines.vllm_plugin.wire import CONFIG_KEY, PluginConfig, op_version
 from spo.errors import EngineError
 from spo.records import Operator
@@ -93,6 +94,8 @@ def start_llm(
     Raises:
         EngineError: vLLM does not start; the cause is in its log above.
     """
+    if config is not None:
+        check_entry_point()
     inside = settings.in_process
     if inside is None:
         inside = on_cpu() and settings.tensor_parallel_size == 1
@@ -111,6 +114,7 @@ def start_async_llm(
     Raises:
         EngineError: vLLM does not start; the cause is in its log above.
     """
+    check_entry_point()
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

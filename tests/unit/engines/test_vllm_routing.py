@@ -140,3 +140,57 @@ def test_captures_count_each_token_once_and_leave_out_the_first():
     assert one_step(router, ["r"], [0], [5]).segments.tolist() == [0, 0, 0, 0, 2]
     assert one_step(router, [], [], []).segments.tolist() == [0] * 5
     assert router.receipts(["c"])[0]["captured"] == 4
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_sequence_of_batches_steers_exactly_the_selected_tokens(data):
+    """Requests that come, decode together, are preempted, reordered, finish: no step is stale."""
+    router = make_router(max_tokens=128)
+    on_device = np.zeros((128, 3, 1), dtype=np.int32)
+    prompts, places, choices, reached = {}, {}, {}, {}
+    for step in range(data.draw(st.integers(4, 25))):
+        while len(prompts) < 4 and (not prompts or data.draw(st.integers(0, 3)) == 0):
+            name = f"r{step}-{len(prompts)}"
+            choices[name] = data.draw(st.none() | st.sampled_from(list(Positions)))
+            prompts[name], places[name] = data.draw(st.integers(1, 6)), 0
+            asked = choices[name] and steering(key=name, positions=choices[name])
+            router.admit(name, asked, prompts[name], [])
+        batch = list(data.draw(st.permutations(list(prompts))))
+        if data.draw(st.integers(0, 4)):
+            batch = sorted(batch)
+        lengths = [
+            data.draw(st.integers(1, prompts[n] - places[n])) if places[n] < prompts[n] else 1
+            for n in batch
+        ]
+        computed = [places[name] for name in batch]
+        plan = one_step(router, batch, computed, lengths)
+        if plan is not None:
+            on_device[: plan.tokens] = plan.plan
+        rows = on_device[:, 0, 0].tolist()
+        wanted = []
+        for name, place, length in zip(batch, computed, lengths, strict=True):
+            index = np.arange(place, place + length)
+            chosen = choices[name] and select_positions(
+                choices[name], index, prompt_length=prompts[name], image_spans=[]
+            )
+            wanted += [0] * length if chosen is None else chosen.astype(int).tolist()
+            places[name] = place + length
+            reached[name] = max(reached.get(name, 0), places[name])
+        assert rows == wanted + [0] * (128 - len(wanted))
+        assert router.live == any(wanted)
+        assert router.concerns(batch) == any(choices[name] for name in batch)
+        for name in list(prompts):
+            event = data.draw(st.integers(0, 14))
+            if event == 0:
+                router.finish([name])
+                if choices[name]:
+                    index = np.arange(reached[name])
+                    count = select_positions(
+                        choices[name], index, prompt_length=prompts[name], image_spans=[]
+                    ).sum()
+                    figures = router.receipts([name])[0]
+                    assert (figures["steered"], figures["until"]) == ([count], reached[name])
+                del prompts[name]
+            elif event == 1:
+                places[name] = 0

@@ -1,4 +1,4 @@
-"""The parts of extraction that need no cluster: rows, reading back, refusing what is damaged."""
+"""The parts of extraction that need no cluster: what is refused, kept, mended and quarantined."""
 
 from __future__ import annotations
 
@@ -9,77 +9,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from spo.activations import CALIBRATION, ContrastRow, decode_half, row_to_json
 from spo.config import ExtractConfig
 from spo.errors import DataError
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side
-from spo.stages.extract import (
-    CALIBRATION,
-    ContrastRow,
-    extract,
-    load_activations,
-    row_from_json,
-    row_to_json,
-)
-
-LAYERS, HIDDEN = 3, 4
-MODEL = {"model_id": "m", "model_revision": "r", "hidden_size": HIDDEN, "num_layers": LAYERS}
+from spo.stages.extract import ActivationExtractor, _reconcile, extract
 
 
-def row(prompt_id: str, side: Side = Side.HARM) -> ContrastRow:
-    prompt = Prompt(
-        prompt_id=prompt_id, text="words", kind=PromptKind.HARM, format=PromptFormat.PLAIN
-    )
-    return ContrastRow(source="s", side=side, prompt=prompt, positions=Positions.TEXT)
-
-
-def finished_folder(folder: Path) -> Path:
-    """An extraction of two rows a side, one calibration row, and one that was quarantined."""
-    rng = np.random.default_rng(0)
-    rows = [
-        {
-            "row_id": f"{source}-{side}-{i}",
-            "source": source,
-            "side": side,
-            "mean": rng.normal(size=(LAYERS, HIDDEN)).astype(np.float16).tobytes(),
-            "norm": np.full(LAYERS, 2.0, dtype=np.float32).tobytes(),
-            "tokens": 5,
-            "reason": "",
-            "model": json.dumps(MODEL),
-        }
-        for source, side in (("s", "harm"), ("s", "safe"), (CALIBRATION, "safe"))
-        for i in range(2)
-    ]
-    bad = {**rows[0], "row_id": "bad", "mean": b"", "norm": b"", "reason": "picture is damaged"}
-    (folder / "activations").mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist([*rows, bad]), folder / "activations" / "0.parquet")
-    manifest = {"digest": "d", "layers": list(range(LAYERS)), "data_sha256": "x"}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
-def test_rows_survive_json() -> None:
-    assert row_from_json(row_to_json(row("a"))) == row("a")
-
-
-def test_finished_folder_is_read_back(tmp_path: Path) -> None:
-    found = load_activations(finished_folder(tmp_path / "a"), {"s": 0.5})
-    (contrast,) = found.contrasts
-    assert contrast.weight == 0.5
-    assert contrast.harm.shape == contrast.safe.shape == (2, LAYERS, HIDDEN)
-    assert contrast.harm_ids == ["s-harm-0", "s-harm-1"]
-    assert found.mean_norms.tolist() == [2.0] * LAYERS
-    assert [(q.row_id, q.reason) for q in found.quarantined] == [("bad", "picture is damaged")]
-
-
-def test_unfinished_and_damaged_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no finished extraction"):
-        load_activations(tmp_path, {})
-    folder = finished_folder(tmp_path / "a")
-    file = folder / "activations" / "0.parquet"
-    file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(DataError, match="damaged or cut short"):
-        load_activations(folder, {})
+def row(prompt_id: str, side: Side = Side.HARM, source: str = "s", **more: object) -> ContrastRow:
+    values = {"text": "words of the row", "format": PromptFormat.PLAIN, **more}
+    prompt = Prompt(prompt_id=prompt_id, kind=PromptKind.HARM, **values)  # type: ignore[arg-type]
+    generated = source == CALIBRATION
+    positions = Positions.GENERATED if generated else Positions.TEXT
+    return ContrastRow(source=source, side=side, prompt=prompt, positions=positions)
 
 
 def run_extract(rows: list[ContrastRow], folder: Path, digest: str) -> Path:
@@ -89,10 +33,13 @@ def run_extract(rows: list[ContrastRow], folder: Path, digest: str) -> Path:
 def test_a_folder_of_another_configuration_is_refused_and_a_finished_one_kept(
     tmp_path: Path,
 ) -> None:
-    folder = finished_folder(tmp_path / "a")
-    assert run_extract([row("a")], folder, "d") == folder
+    folder = tmp_path / "a"
+    (folder / "activations").mkdir(parents=True)
+    (folder / "extraction.json").write_text(json.dumps({"digest": "d"}))
     with pytest.raises(DataError, match="configuration d, this run is other"):
         run_extract([row("a")], folder, "other")
+    (folder / "manifest.json").write_text(json.dumps({"digest": "d", "files": {}}))
+    assert run_extract([row("a")], folder, "d") == folder
 
 
 def test_repeated_ids_and_no_rows_are_refused(tmp_path: Path) -> None:
@@ -100,3 +47,73 @@ def test_repeated_ids_and_no_rows_are_refused(tmp_path: Path) -> None:
         run_extract([row("a"), row("a", Side.SAFE)], tmp_path / "x", "d")
     with pytest.raises(DataError, match="got 0 rows"):
         run_extract([], tmp_path / "x", "d")
+    assert not (tmp_path / "x").exists()
+
+
+def test_files_and_checkpoint_are_reconciled(tmp_path: Path) -> None:
+    """Whatever a crash left behind: afterwards each committed id has exactly one readable file."""
+    data, marks = tmp_path / "activations", tmp_path / "checkpoint"
+    data.mkdir()
+    marks.mkdir()
+
+    def write(folder: Path, name: str) -> Path:
+        pq.write_table(pa.table({"row_id": [name]}), folder / name)
+        return folder / name
+
+    for name in ("good", "cut", "lost", "badmark"):
+        write(marks, f"{name}.parquet")
+        write(data, f"{name}-000.parquet")
+    (data / "lost-000.parquet").unlink()
+    for path in (data / "cut-000.parquet", marks / "badmark.parquet"):
+        path.write_bytes(path.read_bytes()[:-10])
+    write(data, "uncommitted-000.parquet")
+    write(marks, "uncommitted.pending.parquet")
+    _reconcile(tmp_path)
+    assert [p.name for p in data.iterdir()] == ["good-000.parquet"]
+    assert sorted(p.name for p in marks.iterdir()) == [
+        "good.parquet",
+        "uncommitted.pending.parquet",  # Ray's own to clean
+    ]
+
+
+@pytest.fixture(scope="module")
+def extractor(tiny_llava: Path) -> ActivationExtractor:
+    config = ExtractConfig(dtype="float32", batch_size=4, storage="bfloat16", layers=(0, 2))
+    return ActivationExtractor(str(tiny_llava), None, config)
+
+
+def test_bad_rows_are_set_aside_and_the_good_ones_unchanged(
+    extractor: ActivationExtractor, tmp_path: Path
+) -> None:
+    frames = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (0, 90, 180)]
+    frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "corrupt.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("1", (12_500, 8_000)).save(tmp_path / "huge.png")  # 100 megapixels
+    bad = {
+        "animated.gif": "animation of 3 frames",
+        "corrupt.png": "cannot be decoded",
+        "huge.png": "has more than the 50000000 pixels",
+        "gone.png": "does not exist",
+    }
+    good = [row("a"), row("b", image=str(tmp_path / "good.png")), row("c", source=CALIBRATION)]
+    rows = [
+        *good,
+        *(row(name, image=str(tmp_path / name)) for name in bad),
+        row("empty", text=""),
+        row("placeholder", text="look: <image>"),
+    ]
+    out = extractor({"row": np.array([row_to_json(r) for r in rows])})
+    assert out["row_id"] == [r.prompt.prompt_id for r in rows]
+    reasons = dict(zip(out["row_id"], out["reason"], strict=True))
+    for name, reason in bad.items():
+        assert reason in reasons[name]
+    assert "too short" in reasons["empty"] or "no tokens" in reasons["empty"]
+    assert "placeholder" in reasons["placeholder"]
+    alone = extractor({"row": np.array([row_to_json(r) for r in good])})
+    for i in range(len(good)):
+        assert reasons[good[i].prompt.prompt_id] == ""
+        mixed, clean = (decode_half(o["mean"][i], "bfloat16") for o in (out, alone))
+        assert mixed.size == 2 * json.loads(out["model"][i])["hidden_size"]
+        np.testing.assert_allclose(mixed, clean, rtol=2e-2, atol=1e-3)

@@ -1,0 +1,160 @@
+"""Is there room? Roles of a job against the nodes of a cluster, before anything has to wait."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from spo.config import RunConfig
+from spo.errors import StageError
+
+_SLACK = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Role:
+    """Processes of one kind that work at the same time."""
+
+    name: str
+    count: int
+    cpus: float
+    gpus: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Labels that its node must have."""
+    setting: str
+    """What to lower when there is no room."""
+
+    def __str__(self) -> str:
+        where = "".join(f", {key}={value}" for key, value in self.labels.items())
+        return f"{self.count} x {self.name} ({self.cpus:g} CPU, {self.gpus:g} GPU{where})"
+
+
+@dataclass(slots=True, kw_only=True)
+class Room:
+    """What one node offers."""
+
+    node: str
+    cpus: float
+    gpus: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, node: Mapping[str, Any]) -> Room:
+        """From an entry of `ray.nodes()`."""
+        return cls(
+            node=node["NodeManagerHostname"],
+            cpus=node["Resources"].get("CPU", 0.0),
+            gpus=node["Resources"].get("GPU", 0.0),
+            labels=node.get("Labels") or {},
+        )
+
+    def __str__(self) -> str:
+        role = self.labels.get("role")
+        return (
+            f"{self.node} ({self.cpus:g} CPU, {self.gpus:g} GPU{f', role={role}' if role else ''})"
+        )
+
+
+def phases_of(config: RunConfig, stages: Sequence[str]) -> dict[str, list[Role]]:
+    """Roles that work at the same time, for each of the stages "extract", "train", "evaluate"."""
+    engine, learn, extract = config.engine, config.learn, config.extract
+    engines = Role(
+        name="engine",
+        count=engine.replicas,
+        cpus=1,
+        gpus=engine.num_gpus,
+        labels=engine.labels,
+        setting="engine.replicas or engine.num_gpus",
+    )
+    scorers = Role(
+        name="scorer",
+        count=config.reward.replicas,
+        cpus=0.5,
+        gpus=config.reward.num_gpus,
+        labels=config.reward.labels,
+        setting="reward.replicas or reward.num_gpus",
+    )
+    gpus = learn.num_gpus if learn.use_gpu else 0.0
+    learners = Role(
+        name="learner",
+        count=learn.workers,
+        cpus=0.1,
+        gpus=gpus,
+        labels=learn.labels,
+        setting="learn.workers or learn.num_gpus",
+    )
+    known = {
+        "extract": [
+            Role(
+                name="extraction worker",
+                count=extract.workers,
+                cpus=1,
+                gpus=extract.num_gpus,
+                labels=extract.labels,
+                setting="extract.workers or extract.num_gpus",
+            ),
+            Role(name="reader", count=1, cpus=1, gpus=0, setting="extract.workers"),
+        ],
+        "train": [engines, scorers, learners],
+        "evaluate": [engines, scorers],
+    }
+    return {stage: known[stage] for stage in stages}
+
+
+def place(roles: Sequence[Role], rooms: Sequence[Room]) -> tuple[list[str], list[str]]:
+    """First fit, largest first: lines of the plan, and lines of what found no room."""
+    left = [Room(node=r.node, cpus=r.cpus, gpus=r.gpus, labels=r.labels) for r in rooms]
+    plan, missing = [], []
+    for role in sorted(roles, key=lambda role: (role.gpus, role.cpus), reverse=True):
+        placed: dict[str, int] = {}
+        for _ in range(role.count):
+            room = next((room for room in left if _fits(role, room)), None)
+            if room is None:
+                break
+            room.cpus -= role.cpus
+            room.gpus -= role.gpus
+            placed[room.node] = placed.get(room.node, 0) + 1
+        plan += [f"{n} x {role.name} on {node}" for node, n in placed.items()]
+        lacking = role.count - sum(placed.values())
+        if lacking:
+            missing.append(f"no room for {lacking} of {role}: lower {role.setting}")
+    return plan, missing
+
+
+def _fits(role: Role, room: Room) -> bool:
+    labelled = all(room.labels.get(key) == value for key, value in role.labels.items())
+    return labelled and role.cpus <= room.cpus + _SLACK and role.gpus <= room.gpus + _SLACK
+
+
+def check_room(phases: Mapping[str, Sequence[Role]], rooms: Sequence[Room]) -> dict[str, list[str]]:
+    """The plan of each phase.
+
+    Raises:
+        StageError: a phase does not fit; holds the plan, the nodes and what is missing.
+    """
+    plans = {}
+    for stage, roles in phases.items():
+        plan, missing = place(roles, rooms)
+        if missing:
+            lines = [
+                f"the cluster has no room for {stage}, and would wait for it without end:",
+                *(f"  needs   {role}" for role in roles),
+                *(f"  node    {room}" for room in rooms),
+                *(f"  plan    {line}" for line in plan),
+                *(f"  missing {line}, or add nodes" for line in missing),
+            ]
+            if not rooms:
+                lines.append("  the cluster has no living node")
+            raise StageError("\n".join(lines))
+        plans[stage] = plan
+    return plans
+
+
+def bundles_of(
+    phases: Mapping[str, Sequence[Role]],
+) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+    """Resources and labels of every process, stage by stage, as the autoscaler wants them."""
+    roles = [role for stage in phases.values() for role in stage for _ in range(role.count)]
+    resources = [{"CPU": role.cpus} | ({"GPU": role.gpus} if role.gpus else {}) for role in roles]
+    return resources, [dict(role.labels) for role in roles]
