@@ -54,7 +54,9 @@ class LocalBackend:
         self.registry = VectorRegistry(
             folder / "state", keep_versions=config.keep_versions, max_names=config.slots // 4 - 1
         )
-        self.host = EngineHost(PlainChatEngine(FakeEngine()), self._fetch)
+        self.host = EngineHost(
+            PlainChatEngine(FakeEngine()), self._fetch, max_names=config.slots // 4 - 1
+        )
 
     async def _fetch(self, name: str, number: int) -> SteeringArtifact:
         return self.registry.artifact(name, number)

@@ -111,6 +111,10 @@ class ChatEngine(Protocol):
         """Whether requests may name that version."""
         ...
 
+    def retire(self, name: str) -> None:
+        """Drop all versions of a vector; SteeringError while one is in use."""
+        ...
+
     def stream(self, request: ChatRequest) -> AsyncIterator[ChatDelta | ChatAnswer]:
         """Pieces, then the whole answer. Closing the iterator aborts the request."""
         ...
@@ -160,6 +164,9 @@ class PlainChatEngine:
 
     def holds(self, name: str, version: int) -> bool:
         return (name, version) in self._held
+
+    def retire(self, name: str) -> None:
+        self._held = {held for held in self._held if held[0] != name}
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[ChatDelta | ChatAnswer]:
         answer = await self.complete(request)

@@ -29,11 +29,14 @@ class EngineHost:
     Args:
         engine: the model.
         fetch: gives the artifact of a name and version.
+        max_names: vectors that the engine has room for; the longest unused make room for others.
     """
 
-    def __init__(self, engine: ChatEngine, fetch: Fetch) -> None:
+    def __init__(self, engine: ChatEngine, fetch: Fetch, max_names: int) -> None:
         self.engine = engine
         self._fetch = fetch
+        self._max_names = max_names
+        self._names: dict[str, None] = {}
         self._publishing = asyncio.Lock()
         self._proven: set[tuple[str, int]] = set()
 
@@ -59,6 +62,8 @@ class EngineHost:
 
     async def _ensure_for(self, request: ChatRequest) -> None:
         spec = request.steering
+        if spec is not None:
+            self._names[spec.vector] = self._names.pop(spec.vector, None)  # the latest comes last
         if spec is not None and not self._ready(spec.vector, spec.version):
             await self._ensure(spec.vector, spec.version, request.sha256)
 
@@ -72,6 +77,7 @@ class EngineHost:
                     f"the registry gives {artifact.vector.sha256[:12]} for {name!r} version "
                     f"{number}, the request wants {sha256[:12]}; nothing was generated"
                 )
+            self._make_room(name)
             await self.engine.publish(name, artifact.vector, number)
             spec = SteeringSpec(
                 vector=name,
@@ -88,6 +94,18 @@ class EngineHost:
                 )
             self._proven.add((name, number))
             _LOG.info("vector %s version %d is live here, effect %.3g", name, number, effect)
+
+    def _make_room(self, name: str) -> None:
+        """Retire vectors that were unloaded or not asked for, longest unused first."""
+        self._names.setdefault(name)
+        for other in [known for known in self._names if known != name]:
+            if len(self._names) <= self._max_names:
+                return
+            try:
+                self.engine.retire(other)
+            except SteeringError:
+                continue  # requests under way still read it
+            del self._names[other]
 
     def _ready(self, name: str, number: int) -> bool:
         return (name, number) in self._proven and self.engine.holds(name, number)

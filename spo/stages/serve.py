@@ -87,6 +87,11 @@ async def open_chat_engine(settings: ServeSettings) -> ChatEngine:
     return chat
 
 
+def _names(limits: ServeConfig) -> int:
+    """Vectors that fit an engine: so many versions of each, and the start-up canary's place."""
+    return limits.slots // KEPT_VERSIONS - 1
+
+
 class Registry:
     """`VectorRegistry` as a deployment of one replica."""
 
@@ -95,8 +100,7 @@ class Registry:
         self._vectors = VectorRegistry(
             settings.state_dir,
             keep_versions=limits.keep_versions,
-            # Engines keep so many versions of each name; one place is the start-up canary's.
-            max_names=limits.slots // KEPT_VERSIONS - 1,
+            max_names=_names(limits),
         )
         for name, folder in settings.artifacts.items():
             artifact = SteeringArtifact.load(folder, model_id=None)
@@ -146,7 +150,7 @@ class EngineReplica:
         self._limits = settings.serve
         self._registry = registry
         engine = await open_chat_engine(settings)
-        self._host = EngineHost(engine, self._fetch)
+        self._host = EngineHost(engine, self._fetch, _names(settings.serve))
         self._gauges = EngineGauges()
         self._running = 0
         try:

@@ -155,6 +155,18 @@ def test_load_canary_promote_roll_back_unload(client: TestClient) -> None:
     assert ask(client).status_code == 404, "an unloaded vector is not replaced by nothing"
 
 
+def test_an_engine_makes_room_for_new_names(
+    client: TestClient, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend.host, "_max_names", 2)
+    for name in ("a", "b", "c"):
+        assert manage(client, name=name, artifact="v2").status_code == 200
+        assert ask(client, model=f"{MODEL}:{name}").status_code == 200
+    held = [name for name in ("polite", "a", "b", "c") if backend.host.engine.holds(name, 1)]
+    assert held == ["b", "c"]
+    assert version_of(ask(client)) == 1, "what made room is fetched again when it is asked for"
+
+
 def test_a_vector_that_does_nothing_is_not_put_into_service(client: TestClient) -> None:
     answer = manage(client, name="polite", artifact="idle")
     assert answer.status_code == 409
