@@ -68,10 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     serving.add_argument("--no-kill", action="store_true", help="do not kill the engine")
     chosen = parser.parse_args(arguments)
     if chosen.kind == "learner":
-        from spo.learner_bench import run as run_learner
-
-        limit, loop = chosen.time_limit, not chosen.no_loop
-        print(run_learner(chosen.preset, chosen.output, time_limit=limit, loop=loop))
+        _learner(chosen)
         return
     if chosen.kind == "objectives":
         _objectives(chosen)
@@ -100,6 +97,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     print(result.table())
     print(f"written: {chosen.output / 'results.json'}")
+
+
+def _learner(chosen: argparse.Namespace) -> None:
+    from spo.learner_bench import run
+
+    limit, loop = chosen.time_limit, not chosen.no_loop
+    print(run(chosen.preset, chosen.output, time_limit=limit, loop=loop))
 
 
 def _objectives(chosen: argparse.Namespace) -> None:
