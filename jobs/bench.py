@@ -8,6 +8,9 @@ sweep: trials per hour of a sweep file over one shared pool, and with an engine 
 
 extract: activation extraction as a share of the matrix-product rate of the same run, against one
 image at a time, and one worker against several.
+
+serving: the endpoint against vLLM's own server, 64 clients, then vectors swapped and the engine
+killed under load. `--preset testbed` takes the embedded model.
 """
 
 from __future__ import annotations
@@ -56,12 +59,16 @@ def main(arguments: list[str] | None = None) -> None:
     extraction.add_argument(
         "--gpus", type=int, default=1, help="compare 1 .. this many cards (tiny: CPU workers)"
     )
+    serving = kinds.add_parser("serving", help="the endpoint against vLLM's own server")
+    serving.add_argument("--preset", default="tiny", choices=("tiny", "testbed", "h200"))
+    serving.add_argument("--output", type=Path, default=Path("runs/bench-serving"))
+    serving.add_argument("--time-limit", type=float, default=900.0, metavar="SECONDS")
+    serving.add_argument("--seconds", type=float, help="length of each phase")
+    serving.add_argument("--swaps", type=int, default=50)
+    serving.add_argument("--no-kill", action="store_true", help="do not kill the engine")
     chosen = parser.parse_args(arguments)
     if chosen.kind == "learner":
-        from spo.learner_bench import run as run_learner
-
-        limit, loop = chosen.time_limit, not chosen.no_loop
-        print(run_learner(chosen.preset, chosen.output, time_limit=limit, loop=loop))
+        _learner(chosen)
         return
     if chosen.kind == "objectives":
         _objectives(chosen)
@@ -71,6 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if chosen.kind == "sweep":
         _sweep(chosen)
+    if chosen.kind == "serving":
+        _serving(chosen)
         return
 
     from spo.engines.vllm_plugin.bench import run
@@ -88,6 +97,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     print(result.table())
     print(f"written: {chosen.output / 'results.json'}")
+
+
+def _learner(chosen: argparse.Namespace) -> None:
+    from spo.learner_bench import run
+
+    limit, loop = chosen.time_limit, not chosen.no_loop
+    print(run(chosen.preset, chosen.output, time_limit=limit, loop=loop))
 
 
 def _objectives(chosen: argparse.Namespace) -> None:
@@ -127,6 +143,33 @@ def _extract(chosen: argparse.Namespace) -> None:
     result = run(chosen.preset, chosen.output, time_limit=chosen.time_limit, gpus=chosen.gpus)
     print(result.table())
     print(f"written: {chosen.output / 'results.json'}")
+
+
+def _serving(chosen: argparse.Namespace) -> None:
+    from spo.serving.bench import run
+
+    model = None
+    if chosen.preset == "testbed":
+        from spo.config import RunConfig
+        from spo.resources import resolve_model
+
+        config = RunConfig()
+        model = Path(resolve_model(config.model, config.cache).path)
+    try:
+        result = run(
+            chosen.preset,
+            chosen.output,
+            time_limit=chosen.time_limit,
+            model=model,
+            seconds=chosen.seconds,
+            swaps=chosen.swaps,
+            kill=not chosen.no_kill,
+        )
+    except SpoError as error:
+        print(f"error: {error}; logs are in {chosen.output}", file=sys.stderr)
+        sys.exit(1)
+    print(result.table())
+    print(f"written: {result.path}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from spo.config_datasets import (
     DatasetConfig,
 )
 from spo.config_evaluate import AttackConfig, EvaluateConfig
+from spo.config_serve import ServeConfig
 from spo.config_stage1 import (
     AdversarialSource,
     AttributionSource,
@@ -126,6 +127,7 @@ class RunConfig(Slice):
     reward: RewardConfig = RewardConfig()
     learn: LearnConfig = LearnConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
     ray: RayConfig = RayConfig()
 
     @property
@@ -153,7 +155,9 @@ class RunConfig(Slice):
     @property
     def digest(self) -> str:
         """Digest of everything that changes results; output folders and Ray address do not."""
-        content = self.model_dump(mode="json", exclude={"output_dir", "cache_dir", "ray", "name"})
+        content = self.model_dump(
+            mode="json", exclude={"output_dir", "cache_dir", "ray", "serve", "name"}
+        )
         return _digest(content)
 
     def digest_of(self, *sections: str, also: str = "") -> str:

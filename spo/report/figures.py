@@ -23,8 +23,7 @@ from spo.report.metrics import BASELINE, condition_name, conditions_of, defence_
 from spo.report.sources import Curve, RunRecord
 from spo.report.text import plot_label
 
-_WIDTH_INCHES = 5.3
-_DPI = 180
+_WIDTH_INCHES, _DPI = 5.3, 180
 MARKERS = "osD^vPX*"
 UTILITY = ("caption", "question", "benign", "twin", "text")  # what a defence costs
 # Okabe and Ito's palette, which stays apart under all common colour blindness; dark variants are

@@ -34,8 +34,7 @@ def compare_heldout(outcome: Outcome, pools: Pools, reporter: Reporter) -> None:
         return
     reporter.stage(f"Held-out prompts: unsteered, base, trial {chosen.number}")
     base = outcome.base_config
-    attack = base.evaluate.attack.model_copy(update={"enabled": False})
-    settings = base.evaluate.model_copy(update={"attack": attack})
+    settings = base.evaluate.model_copy(update={"attacks": ()})
     config = base.model_copy(update={"evaluate": settings})
     inputs = evaluation_inputs(config)
     defences: dict[str, SteeringSpec | None] = {"none": None}

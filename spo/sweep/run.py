@@ -171,9 +171,8 @@ def compare(plan: TrialPlan, pools: Pools, reporter: Reporter) -> None:
 
 
 def without_attack(base: RunConfig) -> RunConfig:
-    """The same run without the picture attack, which a sweep's comparison leaves out."""
-    attack = base.evaluate.attack.model_copy(update={"enabled": False})
-    evaluate = base.evaluate.model_copy(update={"attack": attack})
+    """The same run without attacks, which a sweep's comparison leaves out."""
+    evaluate = base.evaluate.model_copy(update={"attacks": ()})
     return base.model_copy(update={"evaluate": evaluate})
 
 
