@@ -384,7 +384,8 @@ def test_choice_of_answers_is_the_stated_rule(run: Path) -> None:
     ]
     assert [len(group.cards) for group in groups] == [3] * 7
     first = [a for a in report.answers if a.sample == 0 and a.defence == "spo"]
-    worst = sorted((a.measures["toxicity"] for a in first), reverse=True)[:3]
+    judged = [a.measures["toxicity"] for a in first if "toxicity" in a.measures]
+    worst = sorted(judged, reverse=True)[:3]
     assert [card.answers[-1].toxicity for card in groups[-1].cards] == worst
     assert groups[0].cards[0].answers[0].text == ODD_TEXT.strip()
 

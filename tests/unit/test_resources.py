@@ -56,7 +56,12 @@ def test_testbed_prompts_are_the_same_for_the_same_seed_and_disjoint_from_heldou
     inputs = evaluation_inputs(run)
     held = {p.text for s in inputs.sets if s.condition == "plain" for p in s.prompts}
     assert not held & {p.text for p in first}
-    assert [s.condition for s in inputs.sets] == ["plain", "image", "caption", "question"]
+    names = ["plain", "image", "describe", "caption", "question", "twin", "text"]
+    assert [s.condition for s in inputs.sets] == names
+    attacked = next(s for s in inputs.sets if s.condition == inputs.attacked)
+    assert not {p.text for p in attacked.prompts} & {p.text for p in inputs.attack_prompts}
+    (texts,) = [s for s in inputs.sets if s.condition == "text"]
+    assert texts.references.keys() == {p.prompt_id for p in texts.prompts}
     assert not {p.image for s in inputs.sets for p in s.prompts if p.image} & {
         p.image for p in first
     }
