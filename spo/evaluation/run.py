@@ -88,29 +88,20 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
     usable = [kept_out.without_bad_pictures(prompt_set) for prompt_set in prompt_sets]
     answers: list[EvaluatedAnswer] = []
     costs: dict[tuple[str, str], Mapping[str, float]] = {}
-    total = sum(
-        len(part.prompts) * part.samples * (1 if part.only else len(defences)) for part in usable
-    )
-    done = 0
-    for defence, spec in defences.items():
-        hashes: set[str] = set()
-        for part in usable:
-            if part.only not in (None, defence):
-                continue
-            cell = _cell(engine, part, defence, spec, instruments, seed=seed, store=store)
-            answers += cell.answers
-            kept_out.reasons.update(cell.reasons)
-            costs[part.condition, defence] = cell.cost
-            hashes |= {answer.receipt_sha256 for answer in cell.answers}
-            _check_one_vector(defence, hashes)
-            done += len(part.prompts) * part.samples
-            if progress:
-                progress(done, total, f"{part.condition} / {defence}")
-    if not answers:
-        raise DataError(
-            f"no answer could be measured: {len(kept_out.reasons)} rows are quarantined, the first "
-            f"because: {next(iter(kept_out.reasons.values()), 'there were no prompts')}"
-        )
+    hashes: dict[str, set[str]] = {}
+    planned = _planned(defences, usable)
+    sizes = [len(part.prompts) * part.samples for _, part in planned]
+    for number, (defence, part) in enumerate(planned):
+        spec = defences[defence]
+        cell = _cell(engine, part, defence, spec, instruments, seed=seed, store=store)
+        answers += cell.answers
+        kept_out.reasons.update(cell.reasons)
+        costs[part.condition, defence] = cell.cost
+        hashes.setdefault(defence, set()).update(a.receipt_sha256 for a in cell.answers)
+        _check_one_vector(defence, hashes[defence])
+        if progress:
+            progress(sum(sizes[: number + 1]), sum(sizes), f"{part.condition} / {defence}")
+    _check_any(answers, kept_out)
     return EvaluationReport(
         cells=_cells(answers, costs, config.bootstrap, seed),
         answers=tuple(answers),
@@ -149,6 +140,26 @@ def _cell(
     if store and path:
         store.save(path, cell)
     return cell
+
+
+def _planned(
+    defences: Mapping[str, SteeringSpec | None], prompt_sets: Sequence[PromptSet]
+) -> list[tuple[str, PromptSet]]:
+    """Every cell: all defences on all sets, but a strength curve's point only on its own."""
+    return [
+        (defence, part)
+        for defence in defences
+        for part in prompt_sets
+        if part.only in (None, defence)
+    ]
+
+
+def _check_any(answers: Sequence[EvaluatedAnswer], kept_out: Quarantine) -> None:
+    if not answers:
+        raise DataError(
+            f"no answer could be measured: {len(kept_out.reasons)} rows are quarantined, the first "
+            f"because: {next(iter(kept_out.reasons.values()), 'there were no prompts')}"
+        )
 
 
 def _check_one_vector(defence: str, hashes: set[str]) -> None:
