@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 
-_START_S = 60.0
+_START_S = 180.0
 _STOP_S = 15.0
 
 
@@ -128,22 +128,30 @@ class LocalCluster:
                 if not psutil.pid_exists(node["pid"]):
                     log = (self._folder / f"{node['name']}.log").read_text(errors="replace")
                     raise SystemExit(f"{node['name']} ended while it started:\n{log[-1500:]}")
+            joined = self._ask(ask, environment)
+            if joined == str(len(state["nodes"])):
+                return
+            if time.monotonic() > end:
+                raise SystemExit(
+                    f"waited {_START_S:.0f} s for {len(state['nodes'])} nodes, {joined or 0} "
+                    f"joined; logs are in {self._folder}"
+                )
+
+    @staticmethod
+    def _ask(program: str, environment: dict[str, str]) -> str:
+        """Last line that a Python program prints; "" if it fails or takes too long."""
+        try:
             done = subprocess.run(
-                [sys.executable, "-c", ask],
+                [sys.executable, "-c", program],
                 env=environment,
                 capture_output=True,
                 text=True,
                 timeout=_START_S,
                 check=False,
             )
-            joined = done.stdout.strip().rpartition("\n")[2]
-            if joined == str(len(state["nodes"])):
-                return
-            if time.monotonic() > end:
-                raise SystemExit(
-                    f"waited {_START_S:.0f} s for {len(state['nodes'])} nodes, {joined or 0} "
-                    f"joined; logs are in {self._folder}\n{done.stderr[-1000:]}"
-                )
+        except subprocess.TimeoutExpired:
+            return ""
+        return done.stdout.strip().rpartition("\n")[2]
 
     def stop(self) -> int:
         """End what `start` began: each node, its Ray processes, their workers and job drivers."""
