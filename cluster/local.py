@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 
-_START_S = 60.0
+_START_S = 180.0
 _STOP_S = 15.0
 
 
@@ -43,6 +43,7 @@ class LocalCluster:
     def __init__(self, state: Path) -> None:
         self._folder = state
         self._file = state / "state.json"
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(
         self,
@@ -78,11 +79,14 @@ class LocalCluster:
             "environment": variables,
             "nodes": [],
         }
-        head = ["--head", f"--port={port}", f"--dashboard-port={dashboard_port}"]
+        # Ray Client's server too gets a port of its own: another head here has the default one.
+        client = f"--ray-client-server-port={_any_port()}"
+        head = ["--head", f"--port={port}", f"--dashboard-port={dashboard_port}", client]
         join = [f"--address=127.0.0.1:{port}"]
         try:
             self._node(state, "head", [*head, f"--num-cpus={cpus}", "--num-gpus=0"], variables)
-            _await_port(port, "the head")
+            # A worker that comes before the head knows itself gives up.
+            self._await_nodes(state)
             for i, role in enumerate(workers):
                 label = [f"--labels=role={role}"] if role else []
                 size = [f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
@@ -113,6 +117,7 @@ class LocalCluster:
                 start_new_session=True,
                 env=environment | own | variables,
             )
+        self._started[name] = process
         born = psutil.Process(process.pid).create_time()
         state["nodes"].append({"name": name, "pid": process.pid, "born": born})
         self._file.write_text(json.dumps(state, indent=2))
@@ -124,26 +129,34 @@ class LocalCluster:
         ask = "import ray; ray.init(address='auto', logging_level='ERROR'); print(len(ray.nodes()))"
         environment = os.environ | state["environment"] | {"RAY_ADDRESS": state["address"]}
         while True:
-            for node in state["nodes"]:
-                if not psutil.pid_exists(node["pid"]):
-                    log = (self._folder / f"{node['name']}.log").read_text(errors="replace")
-                    raise SystemExit(f"{node['name']} ended while it started:\n{log[-1500:]}")
+            for name, process in self._started.items():
+                if process.poll() is not None:
+                    log = (self._folder / f"{name}.log").read_text(errors="replace")
+                    raise SystemExit(f"{name} ended while it started:\n{log[-1500:]}")
+            joined = self._ask(ask, environment)
+            if joined == str(len(state["nodes"])):
+                return
+            if time.monotonic() > end:
+                raise SystemExit(
+                    f"waited {_START_S:.0f} s for {len(state['nodes'])} nodes, {joined or 0} "
+                    f"joined; logs are in {self._folder}"
+                )
+
+    @staticmethod
+    def _ask(program: str, environment: dict[str, str]) -> str:
+        """Last line that a Python program prints; "" if it fails or takes too long."""
+        try:
             done = subprocess.run(
-                [sys.executable, "-c", ask],
+                [sys.executable, "-c", program],
                 env=environment,
                 capture_output=True,
                 text=True,
                 timeout=_START_S,
                 check=False,
             )
-            joined = done.stdout.strip().rpartition("\n")[2]
-            if joined == str(len(state["nodes"])):
-                return
-            if time.monotonic() > end:
-                raise SystemExit(
-                    f"waited {_START_S:.0f} s for {len(state['nodes'])} nodes, {joined or 0} "
-                    f"joined; logs are in {self._folder}\n{done.stderr[-1000:]}"
-                )
+        except subprocess.TimeoutExpired:
+            return ""
+        return done.stdout.strip().rpartition("\n")[2]
 
     def stop(self) -> int:
         """End what `start` began: each node, its Ray processes, their workers and job drivers."""
@@ -194,15 +207,6 @@ def _any_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _await_port(port: int, what: str) -> None:
-    end = time.monotonic() + _START_S
-    while time.monotonic() < end:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.2)
-    raise SystemExit(f"waited {_START_S:.0f} s for {what} on port {port}; see the log")
 
 
 def environment_lines(state: dict[str, Any]) -> list[str]:

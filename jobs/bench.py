@@ -24,6 +24,19 @@ from spo.errors import SpoError
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse, then run the chosen benchmark."""
+    chosen = _parser().parse_args(arguments)
+    kinds = {
+        "engine": _engine,
+        "learner": _learner,
+        "objectives": _objectives,
+        "extract": _extract,
+        "sweep": _sweep,
+        "serving": _serving,
+    }
+    kinds[chosen.kind](chosen)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,22 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
     serving.add_argument("--seconds", type=float, help="length of each phase")
     serving.add_argument("--swaps", type=int, default=50)
     serving.add_argument("--no-kill", action="store_true", help="do not kill the engine")
-    chosen = parser.parse_args(arguments)
-    if chosen.kind == "learner":
-        _learner(chosen)
-        return
-    if chosen.kind == "objectives":
-        _objectives(chosen)
-        return
-    if chosen.kind == "extract":
-        _extract(chosen)
-        return
-    if chosen.kind == "sweep":
-        _sweep(chosen)
-    if chosen.kind == "serving":
-        _serving(chosen)
-        return
+    return parser
 
+
+def _engine(chosen: argparse.Namespace) -> None:
     from spo.engines.vllm_plugin.bench import run
 
     try:

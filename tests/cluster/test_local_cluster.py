@@ -80,7 +80,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[User]:
         [*local, "start", "--role=rollout", "--cpus=3", "--auth", "--port=0", "--dashboard-port=0"],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
         check=False,
     )
     assert begun.returncode == 0, begun.stdout + begun.stderr
