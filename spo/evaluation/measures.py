@@ -100,7 +100,7 @@ class Instruments:
     """None leaves image-text alignment out."""
     checks: Mapping[str, Check]
     """By condition; a condition without one has no such measures."""
-    success: tuple[SuccessJudge, ...] = ()
+    success: Sequence[SuccessJudge] = ()
     """Judges of attack success; the first one decides the measure `success`."""
 
 

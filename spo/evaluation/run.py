@@ -69,7 +69,7 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
         alignment: scores answers to benign prompts with a picture; None leaves it out.
         checks: by condition, measures against the prompt's known truth.
         config: number of bootstrap samples.
-        seed: decides the seeds of sampling and of the bootstrap.
+        seed: decides sampling and bootstrap.
         progress: called after every defence on every set.
         success: judges of attack success; the first one decides.
         store: keeps finished cells and takes those that are there; None keeps nothing.
@@ -81,9 +81,7 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
         ScorerError: the judge or the alignment scorer answers with the wrong number of scores.
     """
     _check_plan(defences, prompt_sets)
-    instruments = Instruments(
-        judge=judge, alignment=alignment, checks=checks, success=tuple(success)
-    )
+    instruments = Instruments(judge=judge, alignment=alignment, checks=checks, success=success)
     kept_out = Quarantine()
     usable = [kept_out.without_bad_pictures(prompt_set) for prompt_set in prompt_sets]
     answers: list[EvaluatedAnswer] = []
