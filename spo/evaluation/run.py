@@ -70,14 +70,14 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
         checks: by condition, measures against the prompt's known truth.
         config: number of bootstrap samples.
         seed: decides sampling and bootstrap.
-        progress: called after every defence on every set.
+        progress: called after every cell.
         success: judges of attack success; the first one decides.
         store: keeps finished cells and takes those that are there; None keeps nothing.
 
     Raises:
         ConfigError: two sets share a name, or the baseline is steered.
-        DataError: two prompts of a set share an id, or no answer could be measured at all.
-        SteeringError: a receipt is missing or does not match what was asked for.
+        DataError: two prompts of a set share an id, or no answer could be measured.
+        SteeringError: a receipt is missing or not what was asked for.
         ScorerError: the judge or the alignment scorer answers with the wrong number of scores.
     """
     _check_plan(defences, prompt_sets)
@@ -90,8 +90,7 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
     planned = _planned(defences, usable)
     sizes = [len(part.prompts) * part.samples for _, part in planned]
     for number, (defence, part) in enumerate(planned):
-        spec = defences[defence]
-        cell = _cell(engine, part, defence, spec, instruments, seed=seed, store=store)
+        cell = _cell(engine, part, defence, defences[defence], instruments, seed=seed, store=store)
         answers += cell.answers
         kept_out.reasons.update(cell.reasons)
         costs[part.condition, defence] = cell.cost
