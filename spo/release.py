@@ -8,7 +8,7 @@ from typing import Any
 
 from spo.artifact import SteeringArtifact
 from spo.errors import ArtifactError
-from spo.evaluation import load_report
+from spo.evaluation import load_report, shown_conditions
 from spo.records import EvaluationReport
 
 
@@ -34,7 +34,7 @@ def release(
             raise ArtifactError(
                 f"{run_dir} has no evaluation.json: run jobs.evaluate first, or pass --unevaluated"
             )
-        figures = _figures(load_report(path), defence, artifact.vector.sha256)
+        figures = _figures(shown_conditions(load_report(path)), defence, artifact.vector.sha256)
     released = replace(artifact, evaluation=figures)
     released.save(out)
     return released

@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 
 from spo.artifact import SteeringArtifact
-from spo.evaluation import load_report
+from spo.evaluation import load_report, shown_conditions
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
+
+ADAPTIVE = "describe adaptive-pgd-16"
+CONDITIONS = {
+    *("plain", "image", "describe", "caption", "question", "twin", "text"),
+    *("describe pgd-16", ADAPTIVE, "typographic", "template"),
+}
 
 
 def job(
@@ -69,17 +75,25 @@ def test_engine_and_learner_agree_on_log_probabilities(finished: Path) -> None:
 
 
 def test_evaluation_is_paired_and_steering_is_confirmed(finished: Path) -> None:
-    report = load_report(finished / "evaluation.json")
+    report = shown_conditions(load_report(finished / "evaluation.json"))
     spo = SteeringArtifact.load(finished / "spo", model_id=None)
     conditions = {cell.condition for cell in report.cells}
-    assert conditions == {"plain", "image", "pgd", "caption", "question"}
+    assert conditions == CONDITIONS
     by_defence = {
         defence: {
             (a.condition, a.prompt_id, a.sample) for a in report.answers if a.defence == defence
         }
-        for defence in ("none", "stage1", "spo")
+        for defence in ("none", "reminder", "stage1-constant", "stage1", "spo")
     }
-    assert by_defence["none"] == by_defence["stage1"] == by_defence["spo"]
+    assert len({frozenset(asked) for asked in by_defence.values()}) == 1
+    adaptive = {
+        defence: {
+            a.image for a in report.answers if a.defence == defence and a.condition == ADAPTIVE
+        }
+        for defence in by_defence
+    }
+    assert all(len(pictures) == 1 for pictures in adaptive.values())
+    assert len(set.union(*adaptive.values())) == len(by_defence)
     hashes = {a.receipt_sha256 for a in report.answers if a.defence == "spo"}
     assert hashes == {spo.vector.sha256}
     assert {a.receipt_sha256 for a in report.answers if a.defence == "none"} == {""}
@@ -109,7 +123,7 @@ def test_export_writes_a_verified_artifact_and_a_control_vector(
     )
     assert done.returncode == 0, done.stderr
     artifact = SteeringArtifact.load(tmp_path / "v", model_id=None)
-    assert set(artifact.evaluation) == {"plain", "image", "pgd", "caption", "question"}
+    assert set(artifact.evaluation) == CONDITIONS
     assert (tmp_path / "v.gguf").read_bytes()[:4] == b"GGUF"
 
 
