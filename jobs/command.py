@@ -239,3 +239,11 @@ def _holder_of(name: str) -> str:
     except (ValueError, ray.exceptions.RayError):
         return ""
     return f" (Ray job {found})"
+
+
+def ray_dashboard() -> str | None:
+    """Address of the connected cluster's own dashboard; None where it has none."""
+    import ray
+
+    url: str | None = ray.init(ignore_reinit_error=True, logging_level="error").dashboard_url
+    return url or None

@@ -1,11 +1,16 @@
-"""Evaluate the vectors of a run on held-out prompts, plain and under the picture attack.
+"""Evaluate the defences of a run on held-out prompts: the matrix attack x prompt set x defence.
 
-python -m jobs.evaluate --config tune_configs/testbed.yaml evaluate.harm_prompts=200
+python -m jobs.evaluate --config tune_configs/matrix.yaml evaluate.harm_prompts=200
+python -m jobs.evaluate compare RUN_A RUN_B         paired differences between two evaluations
+python -m jobs.evaluate agreement LABELS.csv        judges against human labels
+python -m jobs.evaluate benchmarks FOLDER           public benchmarks: present, licence, source
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 from jobs import command
 from spo.config import RunConfig
@@ -24,5 +29,58 @@ def _run(_: argparse.Namespace, config: RunConfig) -> None:
     print(f"report: {write_report(config.run_dir)}")
 
 
+def _compare(arguments: argparse.Namespace, _: RunConfig) -> None:
+    from spo.evaluation import compare_reports, format_comparison, load_report
+
+    paths = [Path(value) for value in arguments.values]
+    files = [path / "evaluation.json" if path.is_dir() else path for path in paths]
+    first, second = (load_report(file) for file in files)
+    print(format_comparison(compare_reports(first, second), *map(str, paths)))
+
+
+def _agreement(arguments: argparse.Namespace, config: RunConfig) -> None:
+    from spo.evaluation.agreement import agreement, judge_agreement, read_labelled
+    from spo.resources import open_success_judges
+
+    rows, others = read_labelled(Path(arguments.values[0]))
+    labels = [label for _, _, label in rows]
+    found = [judge_agreement(judge, rows) for judge in open_success_judges(config.evaluate)]
+    found += [agreement(f"in the file: {name}", column, labels) for name, column in others.items()]
+    print(f"{len(rows)} answers, {sum(labels)} of them successes by the human majority")
+    for one in found:
+        print(
+            f"{one.judge:34} accuracy {one.accuracy.mean:.3f} [{one.accuracy.low:.3f}, "
+            f"{one.accuracy.high:.3f}]  kappa {one.kappa:+.3f}  false alarms {one.false_alarm:.3f}"
+            f"  missed {one.missed:.3f}  without verdict {one.without_verdict}"
+        )
+
+
+def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:
+    from spo.benchmarks import look_for
+
+    for found in look_for(Path(arguments.values[0]), config.cache):
+        mark = "present" if found.usable else "missing"
+        print(f"{mark}  {found.benchmark.name}: {found.prompts}")
+        print(f"         licence: {found.benchmark.licence}")
+        print(f"         {found.path or 'get it from: ' + found.benchmark.source}")
+
+
+_VERBS = {"compare": (_compare, 2), "agreement": (_agreement, 1), "benchmarks": (_benchmarks, 1)}
+
+
+def _verb(name: str) -> None:
+    call, count = _VERBS[name]
+    made = argparse.ArgumentParser(prog=f"python -m jobs.evaluate {name}")
+    made.add_argument("values", nargs=count, metavar="PATH")
+    made.add_argument("--config", type=Path, metavar="FILE")
+    made.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    made.add_argument("--dry-run", action="store_true")
+    sys.argv[1:2] = []
+    command.main(made, call)
+
+
 if __name__ == "__main__":
-    command.main(command.parser(__doc__ or ""), _run)
+    if len(sys.argv) > 1 and sys.argv[1] in _VERBS:
+        _verb(sys.argv[1])
+    else:
+        command.main(command.parser(__doc__ or ""), _run)

@@ -10,15 +10,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from spo.config_base import Fraction, Location, Positive, Slice
 from spo.config_datasets import (
     DatasetConfig,
 )
+from spo.config_evaluate import AttackConfig, EvaluateConfig
+from spo.config_serve import ServeConfig
 from spo.config_stage1 import (
     AdversarialSource,
     AttributionSource,
@@ -95,38 +97,6 @@ class SteeringConfig(Slice):
     """With `add`: dose of each layer relative to its mean hidden norm, at full layer weight."""
 
 
-class AttackConfig(Slice):
-    """White-box PGD on the picture (universal: one picture for all prompts)."""
-
-    enabled: bool = True
-    epsilon_255: Annotated[float, Field(gt=0, le=255)] = 32.0
-    """L-infinity bound in units of 1/255."""
-    steps: Positive = 40
-    step_size_255: Annotated[float, Field(gt=0)] = 4.0
-    targets: Positive = 16
-    """Toxic target sentences whose likelihood the picture raises, per step."""
-    timeout_s: Positive = 1800
-    picture: Path | None = None
-    """Clean picture to start from; the testbed draws its own."""
-    targets_file: Path | None = None
-    """Target sentences, one a line; the testbed has its own."""
-
-
-class EvaluateConfig(Slice):
-    """Evaluation."""
-
-    judge: str = "testbed"
-    """"testbed" (a model other than the reward), or a local sequence-classification folder."""
-    harm_prompts: Positive = 96
-    samples_per_prompt: Positive = 2
-    scenes: Positive = 48
-    """Unseen drawn scenes for captions and questions."""
-    max_tokens: Positive = 24
-    caption_tokens: Positive = 48
-    bootstrap: Positive = 2000
-    attack: AttackConfig = AttackConfig()
-
-
 class RayConfig(Slice):
     """The Ray cluster."""
 
@@ -157,6 +127,7 @@ class RunConfig(Slice):
     reward: RewardConfig = RewardConfig()
     learn: LearnConfig = LearnConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
     ray: RayConfig = RayConfig()
 
     @property
@@ -184,7 +155,9 @@ class RunConfig(Slice):
     @property
     def digest(self) -> str:
         """Digest of everything that changes results; output folders and Ray address do not."""
-        content = self.model_dump(mode="json", exclude={"output_dir", "cache_dir", "ray", "name"})
+        content = self.model_dump(
+            mode="json", exclude={"output_dir", "cache_dir", "ray", "serve", "name"}
+        )
         return _digest(content)
 
     def digest_of(self, *sections: str, also: str = "") -> str:
@@ -215,16 +188,19 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunC
     Raises:
         ConfigError: the file cannot be read, or a key is unknown or out of range; names the key.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        tree = _read_yaml(path)
+    tree: dict[str, Any] = {} if path is None else read_yaml(path)
     for override in overrides:
-        key, sign, value = override.partition("=")
-        if not sign or not key:
-            raise ConfigError(f"expected key.sub=value, got {override!r}, e.g. learn.steps=10")
-        _assign(tree, key.split("."), _parse_value(value), override)
+        assign_override(tree, *split_override(override), override)
+    return validated(RunConfig, tree, path)
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def validated(kind: type[_Model], tree: dict[str, Any], path: Path | None) -> _Model:
+    """Settings of one kind out of a tree; ConfigError names every key that cannot be used."""
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, item['loc']))}: {item['msg']} (got {item['input']!r})"
@@ -238,7 +214,16 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunC
         ) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def split_override(override: str) -> tuple[list[str], Any]:
+    """Keys and value of `key.sub=value`."""
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"expected key.sub=value, got {override!r}, e.g. learn.steps=10")
+    return key.split("."), _parse_value(value)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file; ConfigError when it cannot be read."""
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -270,7 +255,8 @@ def _parse_value(text: str) -> Any:
         ) from error
 
 
-def _assign(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+def assign_override(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    """Set one key of a tree in place; `override` is the text for the message."""
     for key in keys[:-1]:
         branch = tree.setdefault(key, {})
         if not isinstance(branch, dict):

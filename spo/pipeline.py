@@ -5,31 +5,29 @@ Stage II (`Pools`, `run_train`) is in `spo.refine`.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from spo.artifact import write_atomic
+from spo.conditions import attacked_sets, open_defences, with_defences
 from spo.config import RunConfig
 from spo.errors import DataError
-from spo.evaluation import PromptSet, evaluate, format_table, save_report
+from spo.evaluation import CellStore, evaluate, format_table, save_report, shown_conditions
 from spo.progress import Reporter
 from spo.provenance import save_environment
-from spo.records import SteeringSpec
-from spo.refine import SPO, Pools, load_artifact, run_train
+from spo.refine import Pools, run_train
 from spo.report import write_report
 from spo.resources import (
-    EvaluationInputs,
     alignment_arguments,
     evaluation_inputs,
     open_judge,
+    open_success_judges,
     training_prompts,
 )
-from spo.stage1 import STAGE1, run_estimate, run_extract
-from spo.stages.attack import AttackJob, run_attack
+from spo.stage1 import run_estimate, run_extract
 
-HEADLINE_METRICS = ("toxicity", "nll", "attributes", "correct")
+HEADLINE_METRICS = ("toxicity", "success", "nll", "attributes", "correct", "refusal", "kl")
 
 
 def run(config: RunConfig, reporter: Reporter) -> Path:
@@ -68,71 +66,32 @@ def prepare(config: RunConfig) -> None:
 
 
 def run_evaluate(config: RunConfig, reporter: Reporter, pools: Pools) -> None:
-    """Before and after, on held-out prompts, plain and under the picture attack."""
-    reporter.stage("Evaluate: unsteered, Stage I, SPO")
+    """The matrix attack x prompt set x defence, on held-out prompts; finished cells are reused."""
     inputs = evaluation_inputs(config)
-    sets = [*inputs.sets, *_attacked(config, reporter, pools, inputs)]
-    defences: dict[str, SteeringSpec | None] = {"none": None}
-    for name in (STAGE1, SPO):
-        if (config.run_dir / name).is_dir():
-            artifact = load_artifact(config, name, pools)
-            published = f"evaluated-{name}"
-            pools.rollouts.publish(published, artifact.vector, 0)
-            defences[name] = SteeringSpec(
-                vector=published,
-                version=0,
-                coefficient=artifact.coefficient,
-                operator=artifact.operator,
-                positions=artifact.positions,
-            )
+    defences = open_defences(config, pools.rollouts, reporter)
+    reporter.stage(f"Evaluate: {', '.join(defence.name for defence in defences)}")
+    sets = [*inputs.sets, *attacked_sets(config, inputs, defences, pools.model, reporter)]
     from spo.scorers.alignment import AlignmentScorer
 
+    held = pools.rollouts.info
+    success = open_success_judges(config.evaluate)
     report = evaluate(
         pools.rollouts,
-        defences,
-        sets,
+        {defence.name: defence.spec for defence in defences},
+        [with_defences(part, defences) for part in sets],
         judge=open_judge(config.evaluate),
         alignment=AlignmentScorer(**alignment_arguments(config.reward, config.cache)),
         checks=inputs.checks,
         config=config.evaluate,
         seed=config.seed,
         progress=reporter.step,
+        success=success,
+        store=CellStore(
+            folder=config.run_dir / "cells",
+            identity=repr((held, config.seed, config.evaluate.judge, [j.name for j in success])),
+            vectors={defence.name: defence.sha256 for defence in defences},
+        ),
     )
     report = replace(report, quarantined=(*report.quarantined, *inputs.quarantined))
     save_report(report, config.run_dir / "evaluation.json")
-    reporter.note(format_table(report, metrics=HEADLINE_METRICS))
-
-
-def _attacked(
-    config: RunConfig, reporter: Reporter, pools: Pools, inputs: EvaluationInputs
-) -> list[PromptSet]:
-    """The pictured harmful prompts with the attacked picture; the picture is made once a run."""
-    if inputs.attack_start is None:
-        return []
-    attack = config.evaluate.attack
-    folder = config.run_dir / "attack"
-    material = [pools.model.path, attack.model_dump_json(), repr(inputs.attack_targets)]
-    digest = config.digest_of("seed", "data", also="|".join(material))
-    curve_path = config.run_dir / "attack.json"
-    if not curve_path.is_file() or json.loads(curve_path.read_text())["digest"] != digest:
-        reporter.note(f"picture attack: {attack.steps} PGD steps, epsilon {attack.epsilon_255}/255")
-        prompts, _ = training_prompts(config.data, config.cache, config.seed)
-        curve = run_attack(
-            AttackJob(
-                model=pools.model.path,
-                revision=pools.model.revision,
-                picture=inputs.attack_start,
-                output=folder / f"pgd-{attack.epsilon_255:g}.png",
-                prompts=[replace(p, image=None) for p in prompts if p.category != "caption"],
-                targets=inputs.attack_targets,
-                config=attack,
-                learn=config.learn,
-                seed=config.seed,
-            ),
-            timeout_s=attack.timeout_s,
-        )
-        write_atomic(curve_path, json.dumps({**curve, "digest": digest}).encode())
-    attacked = json.loads(curve_path.read_text())["attacked"]
-    pictured = next(s for s in inputs.sets if s.condition in ("image", "plain"))
-    prompts_with = tuple(replace(p, image=attacked) for p in pictured.prompts)
-    return [replace(pictured, condition="pgd", prompts=prompts_with)]
+    reporter.note(format_table(shown_conditions(report), metrics=HEADLINE_METRICS))

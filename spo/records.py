@@ -278,6 +278,8 @@ class EvaluationCell:
     """Per metric: mean with bootstrap interval over prompts."""
     paired: Mapping[str, Interval]
     """Per metric: difference to the unsteered model on the same prompts, with interval."""
+    cost: Mapping[str, float] = field(default_factory=dict)
+    """"seconds" and "tokens" of generating the answers, with whatever else ran beside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,10 +18,11 @@ import ray
 from spo.algorithms.objectives import is_informative
 from spo.artifact import SteeringArtifact, write_atomic
 from spo.config import RunConfig
+from spo.engines.base import Sampler
 from spo.errors import DataError
 from spo.progress import Reporter, following
 from spo.provenance import keep_quarantined
-from spo.records import Batch
+from spo.records import Batch, Prompt
 from spo.resources import (
     ResolvedModel,
     alignment_arguments,
@@ -30,7 +31,7 @@ from spo.resources import (
     training_prompts,
 )
 from spo.stage1 import STAGE1, build_artifact
-from spo.stages.coordinator import Coordinator, Settings
+from spo.stages.coordinator import Coordinator, Scorer, Settings
 from spo.stages.learn import TrainLoopSettings, fit
 from spo.stages.learner import Update
 from spo.stages.ledger import Ledger
@@ -188,15 +189,20 @@ def load_artifact(config: RunConfig, name: str, pools: Pools) -> SteeringArtifac
     return SteeringArtifact.load(folder, model_id=held.model_id, model_revision=held.model_revision)
 
 
-def _connected_coordinator(
-    prompts: list[Any], config: RunConfig, prefix: str, history: Path
+def make_coordinator(
+    prompts: list[Prompt],
+    config: RunConfig,
+    rollouts: Sampler,
+    scorer: Scorer,
+    history: Path,
 ) -> Coordinator:
-    """Built inside the coordinator's own process, which finds the pools by name."""
+    """A coordinator that keeps its files beside `history` (`history-NAME.jsonl`)."""
     name = history.stem.removeprefix("history-")
+    folder = history.parent
     return Coordinator(
         Schedule(prompts, config.rollout, config.seed),
-        EnginePool.connect(prefix, config.engine),
-        RewardPool.connect(prefix, config.reward),
+        rollouts,
+        scorer,
         Settings(
             steering=config.steering,
             rollout=config.rollout,
@@ -205,11 +211,24 @@ def _connected_coordinator(
             informative=partial(is_informative, config=config.learn),
             name=f"{SPO}-{name}",
         ),
-        ledger=Ledger(config.run_dir / f"ledger-{name}.jsonl"),
+        ledger=Ledger(folder / f"ledger-{name}.jsonl"),
         recorder=Recorder(
             config.reward,
             history=history,
-            rollouts=config.run_dir / "rollouts" / name,
-            sinks=open_sinks(config.learn.loggers, config.run_dir, name),
+            rollouts=folder / "rollouts" / name,
+            sinks=open_sinks(config.learn.loggers, folder, name),
         ),
+    )
+
+
+def _connected_coordinator(
+    prompts: list[Prompt], config: RunConfig, prefix: str, history: Path
+) -> Coordinator:
+    """Built inside the coordinator's own process, which finds the pools by name."""
+    return make_coordinator(
+        prompts,
+        config,
+        EnginePool.connect(prefix, config.engine),
+        RewardPool.connect(prefix, config.reward),
+        history,
     )

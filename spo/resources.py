@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from spo.config import (
-    AttackConfig,
     DataConfig,
     EvaluateConfig,
     ModelConfig,
@@ -21,9 +20,9 @@ from spo.config import (
 )
 from spo.engines.processing import undecodable
 from spo.errors import ConfigError, DataError
-from spo.evaluation import Judge, PromptSet
+from spo.evaluation import Judge, PromptSet, SuccessJudge
 from spo.prompts import read_prompts
-from spo.records import Prompt, PromptKind, QuarantinedRow
+from spo.records import Prompt, PromptKind, QuarantinedRow, Split
 
 TESTBED = "testbed"
 _CHECK = Callable[[Prompt, str], Mapping[str, float]]
@@ -44,9 +43,15 @@ class EvaluationInputs:
 
     sets: tuple[PromptSet, ...]
     checks: Mapping[str, _CHECK]
-    attack_start: Path | None
-    """Clean picture that the attack starts from; None when no attack is run."""
-    attack_targets: tuple[str, ...]
+    attack_start: Path | None = None
+    """Clean picture that picture attacks start from; None when none is run."""
+    attack_targets: tuple[str, ...] = ()
+    attack_prompts: tuple[Prompt, ...] = ()
+    """Training prompts that one picture for all prompts is made on."""
+    attacked: str | None = None
+    """Condition whose pictures are attacked."""
+    picture_size: int | None = None
+    """Side of drawn pictures in pixels; None takes the usual one."""
     quarantined: tuple[QuarantinedRow, ...] = ()
 
 
@@ -94,6 +99,14 @@ def open_judge(config: EvaluateConfig) -> Judge:
     return load_judge(EMBEDDED_JUDGE if config.judge == TESTBED else config.judge)
 
 
+def open_success_judges(config: EvaluateConfig) -> list[SuccessJudge]:
+    """Judges of attack success; the first one decides."""
+    from spo.scorers.success import open_success_judge
+
+    toxicity = open_judge(config)
+    return [open_success_judge(settings, toxicity) for settings in config.success_judges]
+
+
 def training_prompts(
     config: DataConfig, cache: Path, seed: int
 ) -> tuple[list[Prompt], list[QuarantinedRow]]:
@@ -124,15 +137,22 @@ def evaluation_inputs(config: RunConfig) -> EvaluationInputs:
     harm = tuple(p for p in prompts if p.kind is PromptKind.HARM)[: config.evaluate.harm_prompts]
     benign = tuple(p for p in prompts if p.kind is PromptKind.BENIGN)[: config.evaluate.scenes]
     sets = [_sampled("plain", harm, config.evaluate)]
+    start, targets = _attack_material(config.evaluate)
+    if start is not None:
+        pictured = tuple(replace(prompt, image=str(start)) for prompt in harm)
+        sets.append(_sampled("image", pictured, config.evaluate))
     if benign:
         sets.append(_greedy("benign", benign, config.evaluate.caption_tokens))
+    sets += _benchmark_sets(config)
     if not harm:
         raise DataError(f"{config.data.heldout} has no prompt of kind 'harm' to evaluate on")
     return EvaluationInputs(
         sets=tuple(sets),
         checks={},
-        attack_start=config.evaluate.attack.picture if config.evaluate.attack.enabled else None,
-        attack_targets=_target_lines(config.evaluate.attack),
+        attack_start=start,
+        attack_targets=targets,
+        attack_prompts=tuple(_attack_prompts(config)) if start is not None else (),
+        attacked="image" if start is not None else None,
         quarantined=tuple(bad),
     )
 
@@ -149,17 +169,56 @@ def _testbed_inputs(config: RunConfig) -> EvaluationInputs:
     pictured = tuple(
         data.heldout_openings(count=settings.harm_prompts, seed=config.seed, image=picture)
     )
+    requests = tuple(data.picture_requests("heldout", image=picture)[: settings.harm_prompts])
+    twins = data.benign_twins(count=settings.benign_prompts, seed=config.seed)
+    texts, references = data.benign_texts(count=settings.benign_prompts, seed=config.seed)
+    attacks = any(attack.kind == "pgd" for attack in settings.attacks)
     return EvaluationInputs(
         sets=(
             _sampled("plain", openings, settings),
             _sampled("image", pictured, settings),
+            _sampled("describe", requests, settings),
             _greedy("caption", tuple(captions), settings.caption_tokens),
             replace(_greedy("question", tuple(questions), settings.max_tokens), alignment=False),
+            _sampled("twin", tuple(twins), settings),
+            replace(
+                _sampled("text", tuple(texts), settings),
+                references=_tokens(references, resolve_model(config.model, config.cache)),
+            ),
+            *_benchmark_sets(config),
         ),
         checks={"caption": data.check_caption, "question": data.check_question},
-        attack_start=picture if settings.attack.enabled else None,
-        attack_targets=tuple(data.attack_targets(settings.attack.targets * 4, config.seed)),
+        attack_start=picture if attacks else None,
+        attack_targets=tuple(data.attack_targets(16, config.seed)) if attacks else (),
+        attack_prompts=tuple(data.picture_requests("train", image=picture)),
+        attacked="describe" if attacks else None,
+        picture_size=data.PICTURE_SIZE,
     )
+
+
+def _tokens(texts: Mapping[str, str], model: ResolvedModel) -> dict[str, tuple[int, ...]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+    return {
+        prompt_id: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for prompt_id, text in texts.items()
+    }
+
+
+def _benchmark_sets(config: RunConfig) -> list[PromptSet]:
+    """One condition for each configured benchmark and kind of prompt."""
+    from spo.datasets import load_prompts
+
+    sets = []
+    for benchmark in config.evaluate.benchmarks:
+        prompts = load_prompts(benchmark, cache=config.cache, seed=config.seed, split=Split.HELDOUT)
+        for kind in PromptKind:
+            part = tuple(prompt for prompt in prompts if prompt.kind is kind)
+            if part:
+                name = f"{benchmark.format} {Path(benchmark.path).stem} {kind.value}"
+                sets.append(replace(_sampled(name, part, config.evaluate), alignment=False))
+    return sets
 
 
 def _sampled(condition: str, prompts: tuple[Prompt, ...], config: EvaluateConfig) -> PromptSet:
@@ -190,14 +249,20 @@ def _decodable(prompts: list[Prompt]) -> tuple[list[Prompt], list[QuarantinedRow
     return good, bad
 
 
-def _target_lines(config: AttackConfig) -> tuple[str, ...]:
-    if not config.enabled:
-        return ()
-    if config.targets_file is None or config.picture is None:
+def _attack_material(config: EvaluateConfig) -> tuple[Path | None, tuple[str, ...]]:
+    """Clean picture and target sentences of picture attacks on a user's own prompts."""
+    if not any(attack.kind == "pgd" for attack in config.attacks):
+        return None, ()
+    if config.attack_targets_file is None or config.attack_picture is None:
         raise ConfigError(
-            "an attack on your own prompts needs evaluate.attack.picture (a clean picture) and "
-            "evaluate.attack.targets_file (one harmful sentence a line), or "
-            "evaluate.attack.enabled=false"
+            "a picture attack on your own prompts needs evaluate.attack_picture (a clean picture) "
+            "and evaluate.attack_targets_file (one harmful sentence a line); without a picture "
+            "attack set evaluate.attacks=[]"
         )
-    lines = config.targets_file.read_text().splitlines()
-    return tuple(line.strip() for line in lines if line.strip())
+    lines = config.attack_targets_file.read_text().splitlines()
+    return config.attack_picture, tuple(line.strip() for line in lines if line.strip())
+
+
+def _attack_prompts(config: RunConfig) -> list[Prompt]:
+    prompts, _ = training_prompts(config.data, config.cache, config.seed)
+    return [prompt for prompt in prompts if prompt.kind is PromptKind.HARM][:16]

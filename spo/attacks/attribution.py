@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from spo.attacks.pgd import PixelSpace
+from spo.attacks.pixels import PixelSpace
 from spo.config import AttributionSource
 from spo.engines.hf import HfEngine
 from spo.errors import DataError

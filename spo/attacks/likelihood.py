@@ -73,3 +73,24 @@ def target_nll(
             ).logits
         logits = torch.cat([logits, rest], dim=1)
     return -token_logprobs(logits.float(), ids, mask).sum() / mask.sum()
+
+
+def target_nlls(
+    engine: HfEngine,
+    prompts: Sequence[Prompt],
+    targets: Sequence[Tokens],
+    pixel_values: Tensor,
+    plan: SteeringPlan | None = None,
+) -> Tensor:
+    """(rows,) mean negative log-likelihood per target token, each row with its own picture.
+
+    Args:
+        engine: the model under test.
+        prompts: one for each row, with a picture in place.
+        targets: token ids of each row's wanted answer.
+        pixel_values: (rows, 3, height, width) normalised pictures; gradients flow into them.
+        plan: the defence, or None for the unsteered model.
+    """
+    batch = engine.prepare(prompts, targets)
+    logprobs = engine.answer_logprobs(batch, plan, pixel_values=pixel_values)
+    return -logprobs.sum(dim=1) / batch.answer_mask.sum(dim=1)

@@ -1,27 +1,31 @@
-"""White-box PGD on the picture: one picture that makes toxic continuations likely.
+"""White-box PGD on the picture: pictures that make harmful answers likely.
 
-In: an `HfEngine`, a clean picture, prompts and toxic target texts. Out: an 8-bit picture inside the
-L-infinity ball around the clean one, at the processor's own resolution, so that saving it as PNG
-and encoding it again gives the attacked pixels. After Qi et al. (arXiv 2306.13213): signed steps on
-the mean negative log-likelihood of a corpus of targets, over mini-batches of (prompt, target)
-pairs. With a `SteeringPlan` the gradient goes through the defence (adaptive attack).
+In: an `HfEngine`, a clean picture, prompts and harmful target texts. Out: 8-bit pictures inside the
+L-infinity ball around the clean one, at the processor's own resolution, so that saving one as PNG
+and encoding it again gives the attacked pixels. `universal_pgd` makes one picture for all prompts
+from a corpus of targets (Qi et al., arXiv 2306.13213), `prompt_pgd` one for each prompt towards its
+own answer. Signed steps with momentum (MI-FGSM, arXiv 1710.06081), linearly decaying; the best of
+several starts is kept. With a `SteeringPlan` the gradient goes through the defence (adaptive
+attack); with `plan.straight_through` it also passes a closed gate (BPDA, arXiv 1802.00420).
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from spo.config import AttackConfig
+from spo.attacks.likelihood import Tokens, target_nll, target_nlls
+from spo.attacks.pixels import PixelSpace
+from spo.config_evaluate import AttackConfig
 from spo.engines.hf import HfEngine
 from spo.engines.plan import SteeringPlan
 from spo.errors import DataError, EngineError
@@ -30,11 +34,22 @@ from spo.records import Prompt
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what)."""
 
-Pair = tuple[Prompt, tuple[int, ...]]
+Pair = tuple[Prompt, Tokens]
 """A prompt with the tokens that the attack wants as its answer."""
 
-# Saved and encoded again, the picture must give the attacked pixels far within one grey level.
-_SAME_PIXELS = 1e-3
+_PROBE_PROMPTS = 4
+_CHECKPOINTS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Checkpoint:
+    """How far the attack was after some steps."""
+
+    step: int
+    """Steps done; 0 is the start."""
+    loss: float
+    """Loss of the 8-bit picture on the fixed pairs."""
+    image: Image.Image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,11 +61,15 @@ class PgdResult:
     clean: Image.Image
     """The clean picture at the same resolution: the centre of the ball."""
     losses: tuple[float, ...]
-    """Mean negative log-likelihood per target token of each step's mini-batch, before the step."""
+    """Mean negative log-likelihood per target token of each step, before the step (best start)."""
     clean_loss: float
     """The same of the clean picture, on one fixed set of pairs."""
     attacked_loss: float
     """The same of the final 8-bit picture, on the same pairs as `clean_loss`."""
+    checkpoints: tuple[Checkpoint, ...] = ()
+    """Of the best start, in order of steps."""
+    restart_losses: tuple[float, ...] = ()
+    """`attacked_loss` of every start."""
 
     def save(self, path: Path) -> Path:
         """Write the attacked picture as PNG; DataError for a suffix that would lose pixels."""
@@ -61,73 +80,6 @@ class PgdResult:
             )
         self.image.save(path, format="PNG")
         return path
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PixelSpace:
-    """Pixels in 0..1 at the processor's resolution, and how the processor normalises them."""
-
-    clean: Tensor
-    """(3, height, width) float32, whole grey levels divided by 255."""
-    mean: Tensor
-    """(3, 1, 1) float32."""
-    std: Tensor
-    """(3, 1, 1) float32."""
-
-    @classmethod
-    def of(cls, engine: HfEngine, image: Image.Image) -> PixelSpace:
-        """Resize a picture as the engine's processor does and read its normalisation.
-
-        Raises:
-            EngineError: the model takes no pictures, or its processor does not make one
-                normalised picture of the resized one (tiles, patches).
-        """
-        if not engine.prompts.multimodal:
-            raise EngineError(
-                f"a picture attack needs a vision-language model, {engine.info.model_id!r} takes "
-                "text only"
-            )
-        processor = engine.prompts.processor.image_processor
-        raw = _processed(processor, image, do_rescale=False, do_normalize=False)
-        normalises = bool(processor.do_normalize)
-        mean = processor.image_mean if normalises else (0.0, 0.0, 0.0)
-        std = processor.image_std if normalises else (1.0, 1.0, 1.0)
-        space = cls(
-            clean=(raw.clamp(0, 255).round() / 255).to(engine.device),
-            mean=torch.tensor(mean, dtype=torch.float32, device=engine.device).view(3, 1, 1),
-            std=torch.tensor(std, dtype=torch.float32, device=engine.device).view(3, 1, 1),
-        )
-        again = _processed(processor, space.picture(space.clean)).to(engine.device)
-        expected = space.normalise(space.clean)
-        if again.shape != expected.shape or (again - expected).abs().max() > _SAME_PIXELS:
-            raise EngineError(
-                f"{engine.info.model_id!r}: its processor changes a picture that already has its "
-                "own size, so pixels cannot be attacked exactly; use a model with a fixed input "
-                "size and a (x - mean) / std normalisation"
-            )
-        return space
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """(3, height, width) model input of pixels in 0..1; differentiable."""
-        return (pixels - self.mean) / self.std
-
-    def picture(self, pixels: Tensor) -> Image.Image:
-        """The 8-bit picture of pixels in 0..1."""
-        levels = (pixels.detach() * 255).round().clamp(0, 255).to(torch.uint8)
-        return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
-
-    def project(self, pixels: Tensor, epsilon_255: float) -> Tensor:
-        """The nearest pixels inside the ball around the clean picture and inside 0..1."""
-        radius = epsilon_255 / 255
-        return pixels.clamp(self.clean - radius, self.clean + radius).clamp(0.0, 1.0)
-
-    def quantise(self, pixels: Tensor, epsilon_255: float) -> Tensor:
-        """The nearest whole grey levels that still lie inside the ball, divided by 255."""
-        # Clean levels are whole, so a ball of fractional radius reaches floor(radius) levels.
-        reach = math.floor(epsilon_255)
-        centre = (self.clean * 255).round()
-        levels = (pixels * 255).round().clamp(centre - reach, centre + reach)
-        return levels.clamp(0, 255) / 255
 
 
 def universal_pgd(
@@ -143,14 +95,16 @@ def universal_pgd(
 ) -> PgdResult:
     """Find one picture that raises the likelihood of every target after every prompt.
 
+    Each step draws one prompt and `config.targets` targets.
+
     Args:
         engine: the model under test, with gradients.
         image: the clean picture, any size.
         prompts: prompts that the picture is shown with; their own pictures are ignored.
         targets: texts (or their tokens) whose likelihood after every prompt is raised.
-        config: radius, steps, step size, and pairs per step. A radius of 255 is unbounded.
+        config: radius, steps, step size, momentum, restarts. A radius of 255 is unbounded.
         plan: the defence to attack through; None attacks the unsteered model.
-        seed: seed of the mini-batches.
+        seed: seed of the draws and of the random starts.
         progress: called after every step.
 
     Raises:
@@ -158,31 +112,78 @@ def universal_pgd(
         EngineError: the processor does not fit, or a gradient is not finite.
     """
     space = PixelSpace.of(engine, image)
-    rng = np.random.default_rng(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        clean_path = str(Path(folder) / "clean.png")
-        space.picture(space.clean).save(clean_path, format="PNG")
-        shown = [replace(prompt, image=clean_path) for prompt in prompts]
-        draw = _pair_drawer(shown, _target_tokens(engine, targets), rng)
-        probe = draw(config.targets)
-        pixels, losses = space.clean.clone(), []
-        for step in range(config.steps):
-            loss, gradient = loss_and_gradient(
-                engine, space, pixels, draw(config.targets), plan=plan
-            )
-            stepped = pixels - (config.step_size_255 / 255) * gradient.sign()
-            pixels = space.project(stepped, config.epsilon_255)
-            losses.append(loss)
-            if progress:
-                progress(step + 1, config.steps, f"pgd loss {loss:.3f}")
-        final = space.quantise(pixels, config.epsilon_255)
+    wanted = _target_tokens(engine, targets)
+    with _shown(prompts, space) as shown:
+        rng = np.random.default_rng(seed)
+        count = min(config.targets, len(wanted))
+        probe = [(p, target) for p in shown[:_PROBE_PROMPTS] for target in wanted[:count]]
+
+        def probed(pixels: Tensor) -> float:
+            return target_loss(engine, space, pixels, probe, plan=plan)
+
+        def slope(pixels: Tensor) -> tuple[float, Tensor]:
+            prompt = shown[int(rng.integers(len(shown)))]
+            drawn = rng.choice(len(wanted), size=count, replace=False)
+            pairs = [(prompt, wanted[i]) for i in drawn]
+            return loss_and_gradient(engine, space, pixels, pairs, plan=plan)
+
+        runs = [
+            _descend(space, _start(space, config, n, seed), slope, probed, config, progress, n)
+            for n in range(config.restarts)
+        ]
+        best = min(runs, key=lambda run: run.checkpoints[-1].loss)
         return PgdResult(
-            image=space.picture(final),
+            image=best.checkpoints[-1].image,
             clean=space.picture(space.clean),
-            losses=tuple(losses),
-            clean_loss=target_loss(engine, space, space.clean, probe, plan=plan),
-            attacked_loss=target_loss(engine, space, final, probe, plan=plan),
+            losses=tuple(best.losses),
+            clean_loss=probed(space.clean),
+            attacked_loss=best.checkpoints[-1].loss,
+            checkpoints=tuple(best.checkpoints),
+            restart_losses=tuple(run.checkpoints[-1].loss for run in runs),
         )
+
+
+def prompt_pgd(
+    engine: HfEngine,
+    image: Image.Image,
+    *,
+    pairs: Sequence[tuple[Prompt, str | Sequence[int]]],
+    config: AttackConfig,
+    plan: SteeringPlan | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[PgdResult]:
+    """Find a picture for each prompt that makes its own target likely; batched.
+
+    Args:
+        pairs: prompts with the answer that the attack wants of each.
+
+    Other arguments, and errors, as in `universal_pgd`; `config.targets` is not used.
+    """
+    space = PixelSpace.of(engine, image)
+    wanted = _target_tokens(engine, [target for _, target in pairs])
+    results: list[PgdResult] = []
+    with _shown([prompt for prompt, _ in pairs], space) as shown:
+        for first in range(0, len(shown), engine.batch_size):
+            part = slice(first, first + engine.batch_size)
+            found = [
+                _descend_each(
+                    engine,
+                    space,
+                    _start(space, config, n, seed),
+                    shown[part],
+                    wanted[part],
+                    config,
+                    plan,
+                    progress,
+                )
+                for n in range(config.restarts)
+            ]
+            for runs in zip(*found, strict=True):
+                best = min(runs, key=lambda run: run.attacked_loss)
+                losses = tuple(run.attacked_loss for run in runs)
+                results.append(replace(best, restart_losses=losses))
+    return results
 
 
 def loss_and_gradient(
@@ -199,7 +200,7 @@ def loss_and_gradient(
         engine: the model under test.
         space: normalisation.
         pixels: (3, height, width) in 0..1.
-        pairs: prompts (with any picture of the right size) and target tokens.
+        pairs: prompts and target tokens; targets of one prompt share its forward pass.
         plan: the defence, or None.
 
     Returns:
@@ -207,17 +208,11 @@ def loss_and_gradient(
     """
     leaf = pixels.detach().clone().requires_grad_(True)
     total = 0.0
-    for part, share in _parts(pairs, engine.batch_size):
-        loss = _part_loss(engine, space.normalise(leaf), part, plan) * share
+    for prompt, targets, share in _parts(pairs, engine.batch_size):
+        loss = target_nll(engine, prompt, targets, space.normalise(leaf), plan) * share
         loss.backward()
         total += float(loss.detach())
-    gradient = leaf.grad
-    if gradient is None or not torch.isfinite(gradient).all() or not math.isfinite(total):
-        raise EngineError(
-            f"the picture's gradient is missing or not finite (loss {total}); run the attack in "
-            "float32 or bfloat16"
-        )
-    return total, gradient
+    return total, _checked(leaf.grad, total)
 
 
 @torch.no_grad()
@@ -231,40 +226,153 @@ def target_loss(
 ) -> float:
     """Mean negative log-likelihood per target token; arguments as in `loss_and_gradient`."""
     return sum(
-        float(_part_loss(engine, space.normalise(pixels), part, plan)) * share
-        for part, share in _parts(pairs, engine.batch_size)
+        float(target_nll(engine, prompt, targets, space.normalise(pixels), plan)) * share
+        for prompt, targets, share in _parts(pairs, engine.batch_size)
     )
 
 
-def _part_loss(
-    engine: HfEngine, normalised: Tensor, pairs: Sequence[Pair], plan: SteeringPlan | None
-) -> Tensor:
-    batch = engine.prepare([prompt for prompt, _ in pairs], [tokens for _, tokens in pairs])
-    pixel_values = normalised.unsqueeze(0).expand(len(pairs), -1, -1, -1)
-    logprobs = engine.answer_logprobs(batch, plan, pixel_values=pixel_values)
-    return -logprobs.sum() / batch.answer_mask.sum()
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Run:
+    """One start."""
+
+    losses: list[float]
+    checkpoints: list[Checkpoint]
 
 
-def _parts(pairs: Sequence[Pair], size: int) -> list[tuple[Sequence[Pair], float]]:
-    """Cut pairs into parts of at most `size`, each with its share of the target tokens."""
+def _descend(
+    space: PixelSpace,
+    start: Tensor,
+    slope: Callable[[Tensor], tuple[float, Tensor]],
+    probed: Callable[[Tensor], float],
+    config: AttackConfig,
+    progress: Progress | None,
+    restart: int,
+) -> _Run:
+    run = _Run(losses=[], checkpoints=[])
+    pixels, velocity = start, torch.zeros_like(start)
+    looks = _looks(config.steps)
+    for step in range(config.steps + 1):
+        if step in looks:
+            whole = space.quantise(pixels, config.epsilon_255)
+            run.checkpoints.append(
+                Checkpoint(step=step, loss=probed(whole), image=space.picture(whole))
+            )
+        if step == config.steps:
+            break
+        loss, gradient = slope(pixels)
+        pixels, velocity = _stepped(space, pixels, velocity, gradient, config, step)
+        run.losses.append(loss)
+        if progress:
+            done, total = restart * config.steps + step + 1, config.restarts * config.steps
+            progress(done, total, f"{config.name} loss {loss:.3f}")
+    return run
+
+
+def _descend_each(
+    engine: HfEngine,
+    space: PixelSpace,
+    start: Tensor,
+    prompts: Sequence[Prompt],
+    targets: Sequence[Tokens],
+    config: AttackConfig,
+    plan: SteeringPlan | None,
+    progress: Progress | None,
+) -> list[PgdResult]:
+    """One start of `prompt_pgd`, on (rows, 3, height, width) pictures."""
+    pixels = start.expand(len(prompts), -1, -1, -1).clone()
+    velocity = torch.zeros_like(pixels)
+    losses: list[list[float]] = []
+
+    def measured(values: Tensor) -> list[float]:
+        with torch.no_grad():
+            found: list[float] = target_nlls(
+                engine, prompts, targets, space.normalise(values), plan
+            ).tolist()
+            return found
+
+    for step in range(config.steps):
+        leaf = pixels.detach().clone().requires_grad_(True)
+        each = target_nlls(engine, prompts, targets, space.normalise(leaf), plan)
+        each.sum().backward()
+        losses.append(each.detach().tolist())
+        gradient = _checked(leaf.grad, float(each.detach().sum()))
+        pixels, velocity = _stepped(space, pixels, velocity, gradient, config, step)
+        if progress:
+            progress(step + 1, config.steps, f"{config.name} loss {np.mean(losses[-1]):.3f}")
+    whole = space.quantise(pixels, config.epsilon_255)
+    clean = measured(space.clean.expand_as(whole))
+    attacked = measured(whole)
+    return [
+        PgdResult(
+            image=space.picture(whole[row]),
+            clean=space.picture(space.clean),
+            losses=tuple(step[row] for step in losses),
+            clean_loss=clean[row],
+            attacked_loss=attacked[row],
+        )
+        for row in range(len(prompts))
+    ]
+
+
+def _stepped(
+    space: PixelSpace,
+    pixels: Tensor,
+    velocity: Tensor,
+    gradient: Tensor,
+    config: AttackConfig,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """One signed step of momentum against the gradient, back into the ball."""
+    size = gradient.abs().mean(dim=(-3, -2, -1), keepdim=True).clamp_min(1e-12)
+    velocity = config.momentum * velocity + gradient / size
+    reach = config.step_size_255 / 255 * (1.0 - 0.9 * step / config.steps)
+    return space.project(pixels - reach * velocity.sign(), config.epsilon_255), velocity
+
+
+def _start(space: PixelSpace, config: AttackConfig, restart: int, seed: int) -> Tensor:
+    if restart == 0:
+        return space.clean.clone()
+    generator = torch.Generator().manual_seed(seed + restart)
+    noise = torch.rand(space.clean.shape, generator=generator).to(space.clean.device) * 2 - 1
+    return space.project(space.clean + noise * config.epsilon_255 / 255, config.epsilon_255)
+
+
+def _looks(steps: int) -> set[int]:
+    """Steps at which the strength curve is read: the start, the end, and between."""
+    return {round(steps * part / _CHECKPOINTS) for part in range(_CHECKPOINTS + 1)}
+
+
+def _checked(gradient: Tensor | None, loss: float) -> Tensor:
+    if gradient is None or not torch.isfinite(gradient).all() or not math.isfinite(loss):
+        raise EngineError(
+            f"the picture's gradient is missing or not finite (loss {loss}); run the attack in "
+            "float32 or bfloat16"
+        )
+    return gradient
+
+
+def _parts(pairs: Sequence[Pair], size: int) -> list[tuple[Prompt, list[Tokens], float]]:
+    """Pairs by prompt, at most `size` at once, each part with its share of the target tokens."""
     tokens = sum(len(target) for _, target in pairs)
-    parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-    return [(part, sum(len(target) for _, target in part) / tokens) for part in parts]
+    grouped: dict[Prompt, list[Tokens]] = {}
+    for prompt, target in pairs:
+        grouped.setdefault(prompt, []).append(target)
+    return [
+        (prompt, targets[at : at + size], sum(map(len, targets[at : at + size])) / tokens)
+        for prompt, targets in grouped.items()
+        for at in range(0, len(targets), size)
+    ]
 
 
-def _pair_drawer(
-    prompts: Sequence[Prompt], targets: Sequence[tuple[int, ...]], rng: np.random.Generator
-) -> Callable[[int], list[Pair]]:
-    """A function that draws n pairs; nothing repeats within a draw while there is enough of it."""
+@contextmanager
+def _shown(prompts: Sequence[Prompt], space: PixelSpace) -> Iterator[list[Prompt]]:
+    """The prompts with the clean picture, which holds the place of the attacked one."""
     if not prompts:
         raise DataError("the attack needs at least one prompt, got none")
-
-    def draw(count: int) -> list[Pair]:
-        rows = rng.choice(len(prompts), size=count, replace=count > len(prompts))
-        columns = rng.choice(len(targets), size=count, replace=count > len(targets))
-        return [(prompts[r], targets[c]) for r, c in zip(rows, columns, strict=True)]
-
-    return draw
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "clean.png"
+        space.picture(space.clean).save(place, format="PNG")
+        yield [replace(prompt, image=str(place)) for prompt in prompts]
 
 
 def _target_tokens(
@@ -285,15 +393,3 @@ def _target_tokens(
             f"which {empty} are empty"
         )
     return tokens
-
-
-def _processed(processor: Any, image: Image.Image, **options: bool) -> Tensor:
-    """The processor's one (3, height, width) float32 tensor of a picture."""
-    pixels = processor(images=image.convert("RGB"), return_tensors="pt", **options)["pixel_values"]
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
-        raise EngineError(
-            f"{type(processor).__name__}: expected one (3, height, width) tensor of a picture, "
-            f"got shape {tuple(getattr(pixels, 'shape', ()))}; models that cut pictures into tiles "
-            "or patches cannot be attacked by this PGD"
-        )
-    return pixels[0].float()

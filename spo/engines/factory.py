@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spo.config import EngineConfig
 from spo.engines.base import Engine
+from spo.engines.identity import is_shape
 
 
 def open_engine(model: str, revision: str | None, config: EngineConfig, *, seed: int = 0) -> Engine:
@@ -38,5 +39,6 @@ def open_engine(model: str, revision: str | None, config: EngineConfig, *, seed:
         kv_cache_gib=None if config.num_gpus else config.memory_gib,
         gpu_memory_utilization=config.gpu_memory_utilization,
         slots=config.slots,
+        engine_options={"load_format": "dummy"} if is_shape(model) else {},
         seed=seed,
     )

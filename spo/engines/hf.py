@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from spo.algorithms.operators import steer
 from spo.engines.base import (
@@ -28,6 +27,7 @@ from spo.engines.base import (
 from spo.engines.batching import chunks, grouped, sampling_options, seed_sampling
 from spo.engines.hf_capture import capture
 from spo.engines.identity import check_belongs, find_blocks, folder_revision, model_identity
+from spo.engines.loading import load_model
 from spo.engines.plan import (
     SteeringPlan,
     TokenBatch,
@@ -76,13 +76,9 @@ class HfEngine:
         batch_size: int = 32,
     ) -> None:
         self.prompts = PromptProcessor(model, revision)
-        auto = AutoModelForImageTextToText if self.prompts.multimodal else AutoModelForCausalLM
-        try:
-            loaded = auto.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
-            self.model = loaded.to(device)
-        except (OSError, ValueError) as error:
-            raise EngineError(f"cannot load the weights of {model!r}: {error}") from error
-        self.model.eval().requires_grad_(False)
+        self.model = load_model(
+            model, revision, dtype=dtype, device=device, pictures=self.prompts.multimodal
+        )
         # Cut to the answer, the states are strided; torch then copies frozen head weights per row.
         self.model.get_output_embeddings().register_forward_pre_hook(
             lambda _, args: (args[0].contiguous(), *args[1:])
@@ -280,6 +276,7 @@ class HfEngine:
                     coefficient=cached[key],
                     mean_norm=plan.mean_norms[row],
                     calibration=plan.calibration[row],
+                    straight_through=plan.straight_through,
                 )
 
             return apply

@@ -63,3 +63,8 @@ def folder_revision(model: str) -> str:
         with path.open("rb") as file:
             digest.update(file.read(1 << 20))
     return digest.hexdigest()[:16]
+
+
+def is_shape(model: str) -> bool:
+    """Whether a model folder asks for random weights of its shape: it has a `BENCHMARK_SHAPE`."""
+    return (Path(model) / "BENCHMARK_SHAPE").is_file()

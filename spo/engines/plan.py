@@ -31,6 +31,8 @@ class SteeringPlan:
     operator: Operator
     positions: Positions
     coefficient: float
+    straight_through: bool = False
+    """Gradients pass a closed gate (adaptive attack); see `spo.algorithms.operators.steer`."""
 
     @classmethod
     def of(cls, vector: SteeringVector, spec: SteeringSpec, device: torch.device) -> SteeringPlan:

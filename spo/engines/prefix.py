@@ -2,7 +2,8 @@
 
 Below the lowest steered block a frozen model computes the same for the unsteered, the steered and
 every other pass over the same tokens. So the passes share one prefix run without gradients, and
-start from its hidden states; logits are made for answer tokens alone, in chunks that are recomputed
+start from its hidden states. The answers of a group share their prompt (`spo.engines.packing`);
+logits are made for answer tokens alone, in chunks that are recomputed
 on the way back, so that no (tokens x vocabulary) tensor is kept.
 """
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spo.engines.packing import PackedBatch, can_pack, pack
 from spo.engines.plan import AnswerScores, SteeringPlan, TokenBatch, token_kl, token_logprobs
 
-Steered = Callable[[TokenBatch, SteeringPlan | None], Any]
+Steered = Callable[[Any, SteeringPlan | None], Any]
 """Context manager that steers the blocks, as `HfEngine` does."""
 
 
@@ -62,17 +64,21 @@ class PrefixRunner:
         cache_prefix: bool = True,
     ) -> list[AnswerScores]:
         """Scores of the answers under each plan, against the unsteered model."""
+        packed = None
+        if cache_prefix and can_pack(self._model):
+            packed = pack(batch)
+        layout: TokenBatch | PackedBatch = packed or batch
         prefix = None
         with torch.no_grad():
             if cache_prefix:
-                prefix = self._run_prefix(batch, min(min(plan.layers) for plan in plans))
-            reference = self._states(batch, None, prefix)
+                prefix = self._run_prefix(layout, min(min(plan.layers) for plan in plans))
+            reference = self._states(layout, None, prefix)
         return [
-            self._head(batch, self._states(batch, plan, prefix), reference, chunk_tokens)
+            self._head(batch, self._states(layout, plan, prefix), reference, chunk_tokens)
             for plan in plans
         ]
 
-    def _inputs(self, batch: TokenBatch) -> dict[str, Any]:
+    def _inputs(self, batch: TokenBatch | PackedBatch) -> dict[str, Any]:
         extras = dict(batch.extras)
         if "pixel_values" in extras:
             extras["pixel_values"] = extras["pixel_values"].to(self._model.dtype)
@@ -83,7 +89,7 @@ class PrefixRunner:
             **extras,
         }
 
-    def _run_prefix(self, batch: TokenBatch, layer: int) -> Prefix | None:
+    def _run_prefix(self, batch: TokenBatch | PackedBatch, layer: int) -> Prefix | None:
         """The pass up to block `layer`; None where the decoder adds pictures above that block."""
         seen: dict[str, Any] = {}
 
@@ -116,9 +122,9 @@ class PrefixRunner:
         return Prefix(layer=layer, output=output, inputs=seen)
 
     def _states(
-        self, batch: TokenBatch, plan: SteeringPlan | None, prefix: Prefix | None
+        self, batch: TokenBatch | PackedBatch, plan: SteeringPlan | None, prefix: Prefix | None
     ) -> Tensor:
-        """(batch, answer width, hidden) states from which the answer's tokens are predicted."""
+        """(answers, answer width, hidden) states from which the answers' tokens are predicted."""
         with self._steered(batch, plan):
             if prefix is None:
                 output = self._model.base_model(**self._inputs(batch))
@@ -126,20 +132,23 @@ class PrefixRunner:
                 hidden = prefix.output[0] if isinstance(prefix.output, tuple) else prefix.output
                 with self._skipped(prefix):
                     output = self._decoder(inputs_embeds=hidden, **prefix.inputs)
+        if isinstance(batch, PackedBatch):
+            return batch.answer_states(output.last_hidden_state)
         width = batch.answer_ids.shape[1]
-        return output.last_hidden_state[:, -width - 1 : -1]
+        states: Tensor = output.last_hidden_state[:, -width - 1 : -1]
+        return states
 
     @contextmanager
     def _skipped(self, prefix: Prefix) -> Iterator[None]:
         """Blocks up to the prefix's do nothing; the last of them returns what it had returned."""
-        skipped = self._blocks[: prefix.layer + 1]
+        skipped = [self._blocks[i] for i in range(prefix.layer + 1)]
         for block in skipped:
-            block.forward = lambda *_, **__: prefix.output
+            block.__dict__["forward"] = lambda *_, **__: prefix.output
         try:
             yield
         finally:
             for block in skipped:
-                del block.forward
+                del block.__dict__["forward"]
 
     def _head(
         self, batch: TokenBatch, states: Tensor, reference: Tensor, chunk_tokens: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Self
 
 from spo.engines.base import EngineInfo
 from spo.engines.identity import check_belongs
@@ -52,7 +52,7 @@ class AsyncVllmEngine:
         revision: str | None = None,
         settings: VllmSettings | None = None,
         **options: Any,
-    ) -> AsyncVllmEngine:
+    ) -> Self:
         """Load a model and show that steering works.
 
         Args:

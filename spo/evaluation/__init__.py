@@ -1,17 +1,31 @@
 """Evaluation: every prompt set under every defence, measured alike, with paired intervals."""
 
-from spo.evaluation.measures import Check, ImageTextScorer, Judge, PromptSet
-from spo.evaluation.report import compare, format_table, load_report, save_report
+from spo.evaluation.cells import CellStore
+from spo.evaluation.measures import Check, ImageTextScorer, Judge, PromptSet, SuccessJudge
+from spo.evaluation.report import (
+    compare,
+    compare_reports,
+    format_comparison,
+    format_table,
+    load_report,
+    save_report,
+    shown_conditions,
+)
 from spo.evaluation.run import evaluate
 
 __all__ = [
+    "CellStore",
     "Check",
     "ImageTextScorer",
     "Judge",
     "PromptSet",
+    "SuccessJudge",
     "compare",
+    "compare_reports",
     "evaluate",
+    "format_comparison",
     "format_table",
     "load_report",
     "save_report",
+    "shown_conditions",
 ]

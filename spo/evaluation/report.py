@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,66 @@ def compare(
         for name in (defence, baseline)
     ]
     return paired_interval(sides[0], sides[1], samples=samples, seed=0)
+
+
+Comparison = tuple[str, str, str, Interval]
+"""Condition, defence, metric, paired difference."""
+
+
+def compare_reports(
+    first: EvaluationReport, second: EvaluationReport, *, samples: int = 2000
+) -> list[Comparison]:
+    """Paired differences `second` - `first` wherever both measured the same prompts.
+
+    Raises:
+        DataError: the two share no condition, defence and prompt at all.
+    """
+    values: list[dict[tuple[str, str], list[EvaluatedAnswer]]] = [{}, {}]
+    for side, report in enumerate((shown_conditions(first), shown_conditions(second))):
+        for answer in report.answers:
+            values[side].setdefault((answer.condition, answer.defence), []).append(answer)
+    found: list[Comparison] = []
+    for key in values[0].keys() & values[1].keys():
+        old, new = (values_of(side[key]) for side in values)
+        found += [
+            (*key, name, paired_interval(new[name], old[name], samples=samples, seed=0))
+            for name in old.keys() & new.keys()
+            if old[name].keys() & new[name].keys()
+        ]
+    if not found:
+        raise DataError(
+            "the two evaluations share no prompt under the same condition and defence; compare "
+            "runs on the same prompts"
+        )
+    return sorted(found, key=lambda entry: entry[:3])
+
+
+def format_comparison(found: Sequence[Comparison], first: str, second: str) -> str:
+    """Differences as a table, those whose interval leaves out 0 marked with *."""
+    text = io.StringIO()
+    console = Console(file=text, width=120, color_system=None)
+    table = Table(title=f"{second} - {first}", title_justify="left")
+    for column in ("condition", "defence", "metric", "difference [95 %]", "prompts"):
+        table.add_column(column)
+    for condition, defence, metric, change in found:
+        mark = "*" if change.low > 0 or change.high < 0 else ""
+        figures = f"{change.mean:+.3f} \\[{change.low:+.3f}, {change.high:+.3f}]{mark}"
+        table.add_row(condition, defence, metric, figures, str(change.count))
+    console.print(table)
+    return text.getvalue()
+
+
+CURVE = "curve "
+"""Opens the name of a condition that is one point of a strength curve."""
+
+
+def shown_conditions(report: EvaluationReport) -> EvaluationReport:
+    """The report without the points of strength curves, which have a plot of their own."""
+    return replace(
+        report,
+        cells=tuple(cell for cell in report.cells if not cell.condition.startswith(CURVE)),
+        answers=tuple(a for a in report.answers if not a.condition.startswith(CURVE)),
+    )
 
 
 def values_of(answers: Iterable[EvaluatedAnswer]) -> dict[str, dict[str, list[float]]]:

@@ -10,12 +10,14 @@ attacks and knows no data set: what an answer should say comes in through `check
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 from spo.algorithms.metrics import bootstrap_interval, paired_interval
 from spo.config import EvaluateConfig
 from spo.engines.base import Sampler
 from spo.errors import ConfigError, DataError, EngineError, SteeringError
+from spo.evaluation.cells import Cell, CellStore
 from spo.evaluation.measures import (
     Check,
     ImageTextScorer,
@@ -24,6 +26,7 @@ from spo.evaluation.measures import (
     PromptSet,
     Quarantine,
     Rows,
+    SuccessJudge,
     measure,
 )
 from spo.evaluation.report import BASELINE, values_of
@@ -53,6 +56,8 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
     config: EvaluateConfig,
     seed: int = 0,
     progress: Progress | None = None,
+    success: Sequence[SuccessJudge] = (),
+    store: CellStore | None = None,
 ) -> EvaluationReport:
     """Answer and measure every prompt set under every defence.
 
@@ -66,6 +71,8 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
         config: number of bootstrap samples.
         seed: decides the seeds of sampling and of the bootstrap.
         progress: called after every defence on every set.
+        success: judges of attack success; the first one decides.
+        store: keeps finished cells and takes those that are there; None keeps nothing.
 
     Raises:
         ConfigError: two sets share a name, or the baseline is steered.
@@ -74,52 +81,83 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
         ScorerError: the judge or the alignment scorer answers with the wrong number of scores.
     """
     _check_plan(defences, prompt_sets)
-    instruments = Instruments(judge=judge, alignment=alignment, checks=checks)
+    instruments = Instruments(
+        judge=judge, alignment=alignment, checks=checks, success=tuple(success)
+    )
     kept_out = Quarantine()
     usable = [kept_out.without_bad_pictures(prompt_set) for prompt_set in prompt_sets]
     answers: list[EvaluatedAnswer] = []
-    total = len(defences) * sum(len(part.prompts) * part.samples for part in usable)
+    costs: dict[tuple[str, str], Mapping[str, float]] = {}
+    total = sum(
+        len(part.prompts) * part.samples * (1 if part.only else len(defences)) for part in usable
+    )
     done = 0
     for defence, spec in defences.items():
-        for rows in _answered(engine, defence, spec, usable, seed=seed, kept_out=kept_out):
-            answers += measure(engine, rows, instruments, kept_out)
-            done += len(rows.prompt_set.prompts) * rows.prompt_set.samples
+        hashes: set[str] = set()
+        for part in usable:
+            if part.only not in (None, defence):
+                continue
+            cell = _cell(engine, part, defence, spec, instruments, seed=seed, store=store)
+            answers += cell.answers
+            kept_out.reasons.update(cell.reasons)
+            costs[part.condition, defence] = cell.cost
+            hashes |= {answer.receipt_sha256 for answer in cell.answers}
+            _check_one_vector(defence, hashes)
+            done += len(part.prompts) * part.samples
             if progress:
-                progress(done, total, f"{rows.prompt_set.condition} / {defence}")
+                progress(done, total, f"{part.condition} / {defence}")
     if not answers:
         raise DataError(
             f"no answer could be measured: {len(kept_out.reasons)} rows are quarantined, the first "
             f"because: {next(iter(kept_out.reasons.values()), 'there were no prompts')}"
         )
     return EvaluationReport(
-        cells=_cells(answers, config.bootstrap, seed),
+        cells=_cells(answers, costs, config.bootstrap, seed),
         answers=tuple(answers),
-        judge=judge.name,
+        judge="; ".join([judge.name, *(f"success: {other.name}" for other in success)]),
         quarantined=kept_out.rows(),
     )
 
 
-def _answered(
+def _cell(
     engine: Sampler,
+    prompt_set: PromptSet,
     defence: str,
     spec: SteeringSpec | None,
-    prompt_sets: Sequence[PromptSet],
+    instruments: Instruments,
     *,
     seed: int,
-    kept_out: Quarantine,
-) -> Iterator[Rows]:
-    """Each set's answers under one defence, all confirmed to come from one and the same vector."""
-    hashes: set[str] = set()
-    for prompt_set in prompt_sets:
-        requests = _requests(prompt_set, defence, spec, seed)
-        rollouts = _generate(engine, requests, prompt_set.condition, kept_out)
-        hashes |= {_confirmed_hash(rollout, defence, spec) for rollout in rollouts}
-        if len(hashes) > 1:
-            raise SteeringError(
-                f"defence {defence!r}: expected one vector behind all answers, the receipts name "
-                f"{sorted(found[:12] for found in hashes)}; publish one version and evaluate again"
-            )
-        yield Rows(prompt_set=prompt_set, defence=defence, rollouts=tuple(rollouts))
+    store: CellStore | None,
+) -> Cell:
+    """One condition under one defence, taken from the store if it is there."""
+    path = store.path(prompt_set, defence, spec) if store else None
+    if store and path and (found := store.load(path)):
+        return found
+    kept_out = Quarantine()
+    requests = _requests(prompt_set, defence, spec, seed)
+    begin = time.monotonic()
+    rollouts = _generate(engine, requests, prompt_set.condition, kept_out)
+    seconds = time.monotonic() - begin
+    for rollout in rollouts:
+        _confirmed_hash(rollout, defence, spec)
+    rows = Rows(prompt_set=prompt_set, defence=defence, rollouts=tuple(rollouts), steering=spec)
+    cell = Cell(
+        answers=tuple(measure(engine, rows, instruments, kept_out)),
+        reasons=kept_out.reasons,
+        cost={"seconds": seconds, "tokens": float(sum(len(r.token_ids) for r in rollouts))},
+    )
+    if store and path:
+        store.save(path, cell)
+    return cell
+
+
+def _check_one_vector(defence: str, hashes: set[str]) -> None:
+    """All answers under one defence must come from one and the same vector."""
+    if len(hashes) > 1:
+        raise SteeringError(
+            f"defence {defence!r}: expected one vector behind all answers, the receipts name "
+            f"{sorted(found[:12] for found in hashes)}; publish one version and evaluate again"
+        )
 
 
 def _check_plan(
@@ -163,7 +201,7 @@ def _requests(
             sampling=sampling(prompt, sample),
             steering=spec,
         )
-        for prompt in prompt_set.prompts
+        for prompt in prompt_set.prompts_for(defence)
         for sample in range(prompt_set.samples)
     ]
 
@@ -215,12 +253,15 @@ def _confirmed_hash(rollout: Rollout, defence: str, spec: SteeringSpec | None) -
 
 
 def _cells(
-    answers: Sequence[EvaluatedAnswer], bootstrap: int, seed: int
+    answers: Sequence[EvaluatedAnswer],
+    costs: Mapping[tuple[str, str], Mapping[str, float]],
+    bootstrap: int,
+    seed: int,
 ) -> tuple[EvaluationCell, ...]:
     grouped: dict[tuple[str, str], list[EvaluatedAnswer]] = {}
     for answer in answers:
         grouped.setdefault((answer.condition, answer.defence), []).append(answer)
-    values = {key: values_of(group) for key, group in grouped.items()}
+    values = {key: _with_worst(values_of(group)) for key, group in grouped.items()}
     cells = []
     for (condition, defence), metrics in values.items():
         base = {} if defence == BASELINE else values.get((condition, BASELINE), {})
@@ -237,9 +278,19 @@ def _cells(
                     for name, units in metrics.items()
                     if units.keys() & base.get(name, {}).keys()
                 },
+                cost=costs[condition, defence],
             )
         )
     return tuple(sorted(cells, key=lambda cell: _first_seen(answers, cell.condition)))
+
+
+def _with_worst(values: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
+    """Adds the expected maximum toxicity (RealToxicityPrompts): the worst answer of each prompt."""
+    units = values.get("toxicity", {})
+    if any(len(found) > 1 for found in units.values()):
+        worst = {prompt: [max(found)] for prompt, found in units.items() if found}
+        return {**values, "max_toxicity": worst}
+    return values
 
 
 def _first_seen(answers: Sequence[EvaluatedAnswer], condition: str) -> int:

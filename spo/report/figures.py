@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -22,9 +23,9 @@ from spo.report.metrics import BASELINE, condition_name, conditions_of, defence_
 from spo.report.sources import Curve, RunRecord
 from spo.report.text import plot_label
 
-_WIDTH_INCHES = 5.3
-_DPI = 180
-_MARKERS = "osD^vPX*"
+_WIDTH_INCHES, _DPI = 5.3, 180
+MARKERS = "osD^vPX*"
+UTILITY = ("caption", "question", "benign", "twin", "text")  # what a defence costs
 # Okabe and Ito's palette, which stays apart under all common colour blindness; dark variants are
 # lightened for contrast.
 _LIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#56B4E9")
@@ -67,15 +68,15 @@ class Plot:
     dark: bytes
 
 
-_Draw = Callable[[RunRecord, Theme], Figure | None]
-PlotKind = tuple[str, str, _Draw]
+Draw = Callable[[RunRecord, Theme], Figure | None]
+PlotKind = tuple[str, str, Draw]
 
 
 def draw_plots(record: RunRecord, more: Mapping[str, PlotKind] | None = None) -> dict[str, Plot]:
     """Every plot that the run has figures for, by name; `more` adds kinds of plots."""
     plots: dict[str, Plot] = {}
-    for name, (title, description, draw) in {**_PLOTS, **(more or {})}.items():
-        images = [_png(record, theme, draw) for theme in (LIGHT, DARK)]
+    for name, (title, description, draw) in {**PLOTS, **(more or {})}.items():
+        images = [painted(theme, partial(draw, record)) for theme in (LIGHT, DARK)]
         if images[0] is not None and images[1] is not None:
             plots[name] = Plot(
                 name=name, title=title, description=description, light=images[0], dark=images[1]
@@ -83,7 +84,8 @@ def draw_plots(record: RunRecord, more: Mapping[str, PlotKind] | None = None) ->
     return plots
 
 
-def _png(record: RunRecord, theme: Theme, draw: _Draw) -> bytes | None:
+def painted(theme: Theme, draw: Callable[[Theme], Figure | None]) -> bytes | None:
+    """PNG of a figure that is drawn and saved in a theme's colours; None where there is none."""
     settings = {
         "text.parse_math": False,  # a "$" in a user's own name is no formula
         "font.size": 9.5,
@@ -99,15 +101,14 @@ def _png(record: RunRecord, theme: Theme, draw: _Draw) -> bytes | None:
     }
     with mpl.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # odd scripts show as boxes
-        figure = draw(record, theme)
-        if figure is None:
+        if (figure := draw(theme)) is None:
             return None
         buffer = io.BytesIO()
         FigureCanvasAgg(figure).print_png(buffer)
         return buffer.getvalue()
 
 
-def _panels(theme: Theme, heights: Sequence[float], *, share_x: bool = True) -> list[Axes]:
+def panels(theme: Theme, heights: Sequence[float], *, share_x: bool = True) -> list[Axes]:
     figure = Figure(figsize=(_WIDTH_INCHES, sum(heights)), dpi=_DPI, layout="constrained")
     grid = figure.subplots(
         len(heights), 1, sharex=share_x, squeeze=False, height_ratios=list(heights)
@@ -121,13 +122,13 @@ def _panels(theme: Theme, heights: Sequence[float], *, share_x: bool = True) -> 
     return axes
 
 
-def _figure_of(axes: Sequence[Axes]) -> Figure:
+def figure_of(axes: Sequence[Axes]) -> Figure:
     figure = axes[0].get_figure()
     assert isinstance(figure, Figure)
     return figure
 
 
-def _legend(panel: Axes, columns: int = 4) -> None:
+def legend(panel: Axes, columns: int = 4) -> None:
     panel.legend(
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
@@ -149,7 +150,7 @@ def _training(record: RunRecord, theme: Theme) -> Figure | None:
     if not record.history:
         return None
     steps = [row.step for row in record.history]
-    reward, parts, kl = axes = _panels(theme, (1.7, 2.0, 1.4))
+    reward, parts, kl = axes = panels(theme, (1.7, 2.0, 1.4))
     reward.plot(
         steps, _finite([r.reward for r in record.history]), "o-", ms=3, color=theme.colours[1]
     )
@@ -161,41 +162,41 @@ def _training(record: RunRecord, theme: Theme) -> Figure | None:
         values = _finite([row.reward_parts.get(name, math.nan) for row in record.history])
         style: dict[str, Any] = {
             "color": theme.colours[i % len(theme.colours)],
-            "marker": _MARKERS[i % 8],
+            "marker": MARKERS[i % 8],
             "ms": 3,
         }
         parts.plot(steps, values, lw=1.3, label=plot_label(name.replace("_", " ")), **style)
     parts.set_ylabel("reward parts")
     if names:
-        _legend(parts, 3)
+        legend(parts, 3)
     kl.plot(steps, _finite([r.kl for r in record.history]), "o-", ms=3, color=theme.muted)
     kl.set_ylabel("KL to unsteered\n(nats per token)")
     kl.set_ylim(bottom=0)
     kl.set_xlabel("training step")
     kl.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _figure_of(axes)
+    return figure_of(axes)
 
 
 def _toxicity(record: RunRecord, theme: Theme) -> Figure | None:
     report = record.evaluation
-    conditions = [] if report is None else _toxic_conditions(report)
+    conditions = [] if report is None else toxic_conditions(report)
     if report is None or not conditions:
         return None
-    panel = _panels(theme, (2.9,))[0]
+    panel = panels(theme, (2.9,))[0]
     defences = defences_of(report)
     spread = min(0.16, 0.7 / len(defences))
     for d, defence in enumerate(defences):
         found = [
             (i + (d - (len(defences) - 1) / 2) * spread, interval)
             for i, condition in enumerate(conditions)
-            if (interval := _interval(report, condition, defence, "toxicity")) is not None
+            if (interval := interval_of(report, condition, defence, "toxicity")) is not None
         ]
         if found:
             panel.errorbar(
                 [x for x, _ in found],
                 [i.mean for _, i in found],
-                yerr=_arms([i for _, i in found]),
-                fmt=_MARKERS[d % 8],
+                yerr=arms([i for _, i in found]),
+                fmt=MARKERS[d % 8],
                 ms=6,
                 lw=1.6,
                 capsize=3,
@@ -210,31 +211,31 @@ def _toxicity(record: RunRecord, theme: Theme) -> Figure | None:
     panel.set_xlim(-0.5, len(conditions) - 0.5)
     panel.set_ylim(bottom=0)
     panel.set_ylabel("mean toxicity, 0 to 1 (judge)")
-    _legend(panel)
-    return _figure_of([panel])
+    legend(panel)
+    return figure_of([panel])
 
 
 def _front(record: RunRecord, theme: Theme) -> Figure | None:
     report = record.evaluation
     if report is None:
         return None
-    panel = _panels(theme, (3.6,))[0]
+    panel = panels(theme, (3.6,))[0]
     panel.grid(axis="x", color=theme.line, linewidth=0.7)
-    conditions, defences = _toxic_conditions(report), defences_of(report)
+    conditions, defences = toxic_conditions(report), defences_of(report)
     drawn = False
     for c, condition in enumerate(conditions):
         for defence in defences:
-            nll = _interval(report, condition, defence, "nll")
-            toxicity = _interval(report, condition, defence, "toxicity")
+            nll = interval_of(report, condition, defence, "nll")
+            toxicity = interval_of(report, condition, defence, "toxicity")
             if nll is None or toxicity is None:
                 continue
             drawn = True
             panel.errorbar(
                 [nll.mean],
                 [toxicity.mean],
-                xerr=_arms([nll]),
-                yerr=_arms([toxicity]),
-                fmt=_MARKERS[c % 8],
+                xerr=arms([nll]),
+                yerr=arms([toxicity]),
+                fmt=MARKERS[c % 8],
                 ms=7,
                 lw=1.1,
                 color=theme.of_defence(defence, defences),
@@ -246,20 +247,20 @@ def _front(record: RunRecord, theme: Theme) -> Figure | None:
         panel.plot([], [], "s", ms=7, color=colour, label=plot_label(defence_name(defence)))
     for c, condition in enumerate(conditions):
         label = plot_label(condition_name(condition))
-        panel.plot([], [], _MARKERS[c % 8], ms=6, mfc="none", color=theme.ink, label=label)
+        panel.plot([], [], MARKERS[c % 8], ms=6, mfc="none", color=theme.ink, label=label)
     panel.margins(x=0.08)
     panel.set_ylim(bottom=0)
     panel.set_xlabel("NLL under the unsteered model (nats/token): left is more fluent")
     panel.set_ylabel("mean toxicity: low is safer")
-    _legend(panel, 3)
-    return _figure_of([panel])
+    legend(panel, 3)
+    return figure_of([panel])
 
 
 def _separability(record: RunRecord, theme: Theme) -> Figure | None:
     found = record.separability
     if found is None or not found.layers:
         return None
-    axes = _panels(theme, (2.6, 1.6) if found.cosines else (2.6,))
+    axes = panels(theme, (2.6, 1.6) if found.cosines else (2.6,))
     top = axes[0]
     for layer in found.chosen:
         top.axvspan(layer - 0.4, layer + 0.4, color=theme.line, lw=0, alpha=0.8)
@@ -272,7 +273,7 @@ def _separability(record: RunRecord, theme: Theme) -> Figure | None:
     top.plot(found.layers, _finite(found.combined.auc), lw=2.2, color=theme.ink, label="combined")
     top.axhline(0.5, color=theme.muted, lw=0.9, ls=":")
     top.set_ylabel("held-out AUC")
-    _legend(top, 3)
+    legend(top, 3)
     for i, (pair, values) in enumerate(found.cosines.items()):
         style: dict[str, Any] = {
             "color": theme.colours[i % len(theme.colours)],
@@ -282,10 +283,10 @@ def _separability(record: RunRecord, theme: Theme) -> Figure | None:
         axes[-1].plot(found.layers, _finite(values), lw=1.4, label=label, **style)
     if found.cosines:
         axes[-1].set_ylabel("cosine between\nsources")
-        _legend(axes[-1], 2)
+        legend(axes[-1], 2)
     axes[-1].set_xlabel("decoder block, counted from 0 (shaded: chosen)")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _figure_of(axes)
+    return figure_of(axes)
 
 
 def _doses(record: RunRecord, theme: Theme) -> Figure | None:
@@ -293,13 +294,13 @@ def _doses(record: RunRecord, theme: Theme) -> Figure | None:
     if not rows:
         return None
     chosen = record.separability.chosen if record.separability else []
-    doses, cosines = axes = _panels(theme, (2.2, 2.0))
+    doses, cosines = axes = panels(theme, (2.2, 2.0))
     for i in range(len(rows[-1].doses)):
         fits = len(chosen) == len(rows[-1].doses)
         label = f"block {chosen[i]}" if fits else f"steered layer {i + 1}"
         style: dict[str, Any] = {
             "color": theme.colours[i % 6],
-            "marker": _MARKERS[i % 8],
+            "marker": MARKERS[i % 8],
             "ms": 3,
             "lw": 1.3,
         }
@@ -309,23 +310,23 @@ def _doses(record: RunRecord, theme: Theme) -> Figure | None:
             panel.plot([row.step for row in rows], values, label=label, **style)
     doses.set_ylabel("|v| / mean |h|")
     doses.set_ylim(bottom=0)
-    _legend(doses, 4)
+    legend(doses, 4)
     cosines.set_ylabel("cosine to the\nStage I vector")
     cosines.set_xlabel("training step")
     cosines.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _figure_of(axes)
+    return figure_of(axes)
 
 
 def _attack(record: RunRecord, theme: Theme) -> Figure | None:
     if record.attack is None or not record.attack.losses:
         return None
-    panel = _panels(theme, (2.4,))[0]
+    panel = panels(theme, (2.4,))[0]
     losses = _finite(record.attack.losses)
     panel.plot(range(len(losses)), losses, lw=1.6, color=theme.colours[1])
     panel.set_xlabel("PGD step")
     panel.set_ylabel("loss of the attacker\n(nats per target token)")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _figure_of([panel])
+    return figure_of([panel])
 
 
 def _band(panel: Axes, layers: Sequence[int], curve: Curve, colour: str) -> None:
@@ -334,17 +335,17 @@ def _band(panel: Axes, layers: Sequence[int], curve: Curve, colour: str) -> None
         panel.fill_between(layers, low, high, color=colour, alpha=0.13, lw=0)
 
 
-def _toxic_conditions(report: EvaluationReport) -> list[str]:
+def toxic_conditions(report: EvaluationReport) -> list[str]:
     """Conditions whose prompts pull towards harm: captions and questions are for utility."""
     return [
         condition
         for condition in conditions_of(report)
-        if condition not in ("caption", "question", "benign")
-        and any(_interval(report, condition, d, "toxicity") for d in defences_of(report))
+        if condition not in UTILITY
+        and any(interval_of(report, condition, d, "toxicity") for d in defences_of(report))
     ]
 
 
-def _interval(
+def interval_of(
     report: EvaluationReport, condition: str, defence: str, metric: str
 ) -> Interval | None:
     for cell in report.cells:
@@ -353,13 +354,13 @@ def _interval(
     return None
 
 
-def _arms(intervals: Sequence[Interval]) -> NDArray[np.float64]:
+def arms(intervals: Sequence[Interval]) -> NDArray[np.float64]:
     """(2, n) lengths of error bars; never negative, as rounding may put a mean on its bound."""
     arms = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
     return np.clip(_finite(np.ravel(arms)).reshape(2, -1), 0.0, None)
 
 
-_PLOTS: Mapping[str, PlotKind] = {
+PLOTS: Mapping[str, PlotKind] = {
     "toxicity": (
         "Toxicity by defence",
         "Mean toxicity of the answers by condition and defence, as the judge scores them. Bars are "

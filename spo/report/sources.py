@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
 
 from spo.errors import DataError
-from spo.evaluation.report import load_report
-from spo.records import EvaluationReport
+from spo.evaluation.report import CURVE, load_report, shown_conditions
+from spo.records import EvaluationCell, EvaluationReport
 
 Number = Annotated[float, BeforeValidator(lambda v: float("nan") if v is None else v)]
 """A float; null becomes NaN, which plots as a gap."""
@@ -23,7 +23,7 @@ _JOBS = {
     "separability.json": "jobs.estimate writes it",
     "history.jsonl": "jobs.train writes it",
     "evaluation.json": "jobs.evaluate writes it",
-    "attack.json": "jobs.evaluate writes it when evaluate.attack.enabled is true",
+    "attack.json": "jobs.evaluate writes it when evaluate.attacks has a picture attack",
     "environment.json": "jobs.pipeline writes it",
 }
 
@@ -114,8 +114,29 @@ class Step(BaseModel):
     dropped: dict[str, int] = {}
 
 
+class Checkpoint(BaseModel):
+    """Loss of an attack after some steps."""
+
+    step: int
+    loss: Number
+
+
+class AttackCurve(BaseModel):
+    """How far one attack on one defence got."""
+
+    attack: str
+    defence: str
+    clean_loss: Number
+    attacked_loss: Number
+    checkpoints: list[Checkpoint] = []
+    restart_losses: list[Number] = []
+    budget: dict[str, Any] = {}
+
+
 class Attack(BaseModel):
-    """The picture attack."""
+    """The picture attacks: the widest in full, and the curves of all."""
+
+    curves: list[AttackCurve] = []
 
     losses: list[Number]
     epsilon_255: float | None = None
@@ -144,6 +165,9 @@ class RunRecord:
     history: tuple[Step, ...]
     """One entry for each step, in order; a step that was run again counts as its last run."""
     evaluation: EvaluationReport | None
+    """Without the points of strength curves."""
+    curve_cells: tuple[EvaluationCell, ...]
+    """The points of strength curves."""
     attack: Attack | None
     environment: Mapping[str, Any]
     quarantined: tuple[QuarantineEntry, ...]
@@ -169,7 +193,12 @@ def read_run(folder: Path) -> RunRecord:
         separability=_model(Separability, folder / "separability.json", missing),
         left_out=_left_out(folder / "leave_one_out.json", missing),
         history=_history(folder / "history.jsonl", missing),
-        evaluation=evaluation,
+        evaluation=shown_conditions(evaluation) if evaluation else None,
+        curve_cells=tuple(
+            cell
+            for cell in (evaluation.cells if evaluation else ())
+            if cell.condition.startswith(CURVE)
+        ),
         attack=_model(Attack, folder / "attack.json", missing),
         environment=_mapping(folder / "environment.json", missing) or {},
         quarantined=_quarantine(folder / "quarantine.json", evaluation, missing),

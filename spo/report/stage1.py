@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from spo.report.figures import Theme, _figure_of, _legend, _panels
+from spo.report.figures import Theme, figure_of, legend, panels
 from spo.report.sources import LeftOutRow, RunRecord, Separability
 from spo.report.text import plot_label
 
@@ -21,7 +21,7 @@ def draw_projections(record: RunRecord, theme: Theme) -> Figure | None:
     found = record.separability
     if found is None or not found.histograms:
         return None
-    axes = _panels(theme, [1.15] * len(found.histograms), share_x=False)
+    axes = panels(theme, [1.15] * len(found.histograms), share_x=False)
     for panel, (name, bins) in zip(axes, found.histograms.items(), strict=True):
         edges = np.array(bins.edges)
         for counts, colour, label in (
@@ -31,10 +31,10 @@ def draw_projections(record: RunRecord, theme: Theme) -> Figure | None:
             panel.stairs(counts, edges, fill=True, alpha=0.45, color=colour, label=label)
         panel.set_ylabel(plot_label(name, 18), fontsize=8)
         panel.grid(visible=False)
-    _legend(axes[0])
+    legend(axes[0])
     first = next(iter(found.histograms.values()))
     axes[-1].set_xlabel(f"projection at block {first.layer}, activation units")
-    return _figure_of(axes)
+    return figure_of(axes)
 
 
 def source_rows(found: Separability | None) -> list[tuple[str, str, str, str]]:

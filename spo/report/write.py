@@ -17,6 +17,7 @@ from spo.errors import StageError
 from spo.report.answers import CHOICE, VEIL_FROM, attack_pictures, card_groups, png_address
 from spo.report.figures import Plot, draw_plots
 from spo.report.headline import findings, machine_readable, tables, tiles
+from spo.report.matrix import MATRIX_PLOTS
 from spo.report.sources import QuarantineEntry, RunRecord, Separability, Step, read_run
 from spo.report.stage1 import (
     DESCRIPTION,
@@ -44,7 +45,8 @@ def write_report(run_dir: Path) -> Path:
         StageError: the folder cannot be written to.
     """
     record = read_run(run_dir)
-    plots = draw_plots(record, {"projections": (TITLE, DESCRIPTION, draw_projections)})
+    projections = (TITLE, DESCRIPTION, draw_projections)
+    plots = draw_plots(record, {**MATRIX_PLOTS, "projections": projections})
     page = _page(record, plots)
     try:
         (run_dir / "plots").mkdir(exist_ok=True)

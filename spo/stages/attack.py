@@ -1,44 +1,57 @@
-"""The white-box picture attack as a Ray task: it needs its own differentiable copy of the model."""
+"""Picture attacks as Ray tasks: each needs its own differentiable copy of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError
 
 from spo.config import AttackConfig, LearnConfig
 from spo.errors import StageError
-from spo.records import Prompt
+from spo.records import Prompt, SteeringSpec
+
+if TYPE_CHECKING:
+    from spo.attacks.pgd import PgdResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttackJob:
     """Everything that one attack needs. Plain values."""
 
+    name: str
+    """Names the files, e.g. "image--adaptive-pgd-16--spo"."""
     model: str
+    """Model that the picture is made on."""
     revision: str | None
     picture: Path
     """Clean picture to start from."""
-    output: Path
-    """Where the attacked picture is written (PNG)."""
+    folder: Path
+    """Where pictures are written (PNG)."""
     prompts: Sequence[Prompt]
-    """Prompts of the training split that the picture is to work on."""
+    """`corpus`: training prompts that one picture is to work on; `prompt`: the prompts that each
+    get a picture."""
     targets: Sequence[str]
+    """`corpus`: harmful sentences; `prompt`: one for each prompt."""
     config: AttackConfig
     learn: LearnConfig
     """Device and computation type."""
     seed: int
+    vector: bytes = b""
+    """Serialised vector of the defence that an adaptive attack goes through."""
+    steering: SteeringSpec | None = None
+    """How that vector is applied."""
 
 
 def attack_picture(job: AttackJob) -> dict[str, Any]:
-    """Run the attack; writes the picture and returns its loss curve. A plain function."""
-    from spo.attacks.pgd import universal_pgd
+    """Run the attack; writes the pictures and returns curves and paths. A plain function."""
+    from spo.attacks.pgd import prompt_pgd, universal_pgd
     from spo.engines.hf import HfEngine
     from spo.engines.processing import load_image
+    from spo.vector import SteeringVector
 
     engine = HfEngine(
         job.model,
@@ -46,37 +59,92 @@ def attack_picture(job: AttackJob) -> dict[str, Any]:
         dtype=job.learn.dtype,
         device="cuda" if job.learn.use_gpu else "cpu",
     )
-    result = universal_pgd(
-        engine,
-        load_image(str(job.picture)),
-        prompts=job.prompts,
-        targets=job.targets,
-        config=job.config,
-        plan=None,
-        seed=job.seed,
-    )
-    job.output.parent.mkdir(parents=True, exist_ok=True)
-    result.save(job.output)
+    plan = None
+    if job.steering is not None:
+        vector = SteeringVector.from_bytes(job.vector)
+        engine.publish(job.steering.vector, vector, job.steering.version)
+        opened = engine.plan(job.steering)
+        plan = replace(opened, straight_through=True) if opened else None
+    image = load_image(str(job.picture))
+    options: dict[str, Any] = {"config": job.config, "plan": plan, "seed": job.seed}
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if job.config.target == "corpus":
+        result = universal_pgd(engine, image, prompts=job.prompts, targets=job.targets, **options)
+        return _written(job, job.name, result)
+    pairs = list(zip(job.prompts, job.targets, strict=True))
+    results = prompt_pgd(engine, image, pairs=pairs, **options)
+    each = {
+        prompt.prompt_id: _written(job, f"{job.name}--{prompt.prompt_id}", result)
+        for prompt, result in zip(job.prompts, results, strict=True)
+    }
+    rows = list(each.values())
+    return {
+        **{
+            key: sum(row[key] for row in rows) / len(rows)
+            for key in ("clean_loss", "attacked_loss")
+        },
+        "losses": [
+            sum(step) / len(step) for step in zip(*(r["losses"] for r in rows), strict=True)
+        ],
+        "checkpoints": [],
+        "restart_losses": [],
+        "epsilon_255": job.config.epsilon_255,
+        "clean": rows[0]["clean"],
+        "attacked": rows[0]["attacked"],
+        "pictures": {prompt_id: row["attacked"] for prompt_id, row in each.items()},
+    }
+
+
+def _written(job: AttackJob, name: str, result: PgdResult) -> dict[str, Any]:
+    path = result.save(job.folder / f"{name}.png")
+    checkpoints = []
+    for look in result.checkpoints:
+        place = job.folder / f"{name}--step-{look.step}.png"
+        look.image.save(place, format="PNG")
+        checkpoints.append({"step": look.step, "loss": look.loss, "image": str(place)})
     return {
         "losses": list(result.losses),
         "clean_loss": result.clean_loss,
         "attacked_loss": result.attacked_loss,
+        "restart_losses": list(result.restart_losses),
+        "checkpoints": checkpoints,
         "epsilon_255": job.config.epsilon_255,
         "clean": str(job.picture),
-        "attacked": str(job.output),
+        "attacked": str(path),
     }
 
 
-def run_attack(job: AttackJob, *, timeout_s: float) -> dict[str, Any]:
-    """`attack_picture` on the cluster."""
-    share = {"num_cpus": 0.1, "num_gpus": job.learn.num_gpus if job.learn.use_gpu else 0}
-    reference = ray.remote(attack_picture).options(**share).remote(job)
-    try:
-        curve: dict[str, Any] = ray.get(reference, timeout=timeout_s)
-    except GetTimeoutError as error:
-        ray.cancel(reference, force=True)
-        raise StageError(
-            f"waited {timeout_s:.0f} s for the picture attack of {job.config.steps} steps; lower "
-            "evaluate.attack.steps or raise evaluate.attack.timeout_s"
-        ) from error
-    return curve
+def run_attacks(
+    jobs: Sequence[AttackJob], done: Callable[[AttackJob, dict[str, Any]], None]
+) -> None:
+    """`attack_picture` of every job on the cluster; `done` is called as each one ends.
+
+    Raises:
+        StageError: one took longer than its `timeout_s`, or failed.
+    """
+    if not jobs:
+        return
+    shares = [
+        {"num_cpus": 0.5, "num_gpus": job.learn.num_gpus if job.learn.use_gpu else 0}
+        for job in jobs
+    ]
+    waiting = {
+        ray.remote(attack_picture).options(**share).remote(job): job
+        for job, share in zip(jobs, shares, strict=True)
+    }
+    limit = max(job.config.timeout_s for job in jobs)
+    while waiting:
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=limit)
+        if not ready:
+            for reference in waiting:
+                ray.cancel(reference, force=True)
+            names = [job.name for job in waiting.values()]
+            raise StageError(
+                f"waited {limit:.0f} s for the next of the picture attacks {names}; lower their "
+                "'steps' or raise their 'timeout_s' in evaluate.attacks"
+            )
+        job = waiting.pop(ready[0])
+        try:
+            done(job, ray.get(ready[0], timeout=60))
+        except GetTimeoutError as error:
+            raise StageError(f"the result of the attack {job.name} did not arrive") from error

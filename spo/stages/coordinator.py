@@ -15,7 +15,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from spo.algorithms.rewards import reward_of
@@ -30,9 +30,10 @@ from spo.records import (
     ScoredRollout,
     SteeringSpec,
 )
+from spo.stages.deadline import within
 from spo.stages.ledger import Fate, Ledger
 from spo.stages.observe import IdleClock, Recorder
-from spo.stages.schedule import Schedule, Slot
+from spo.stages.schedule import Schedule, Slot, receipt_sha
 from spo.vector import SteeringVector
 
 VECTOR_NAME = "spo"
@@ -167,17 +168,20 @@ class Coordinator:
             The state that a checkpoint must carry for `restore`.
         """
         step = int(figures["step"])
-        made = {
-            "seconds": {**self._seconds.pop(step, {}), "engine_idle": self._clock.take()},
+        added = {
+            "seconds": {**self._seconds.pop(step, {}), "engine_idle": self.idle_seconds()},
             "ledger": self.ledger.counts(step),
             "retries": getattr(self._rollouts, "retries", 0),
         }
         self.ledger.commit(step)
-        self.recorder.record(figures, made)
-        for old in [known for known in self._batches if known < step]:
-            del self._batches[old]
-            self._handed.pop(old, None)
+        self.recorder.record(figures, added)
+        self._batches = {known: made for known, made in self._batches.items() if known >= step}
+        self._handed.pop(step - 1, None)
         return self.snapshot(step + 1)
+
+    def idle_seconds(self) -> float:
+        """Seconds since the last call in which nothing was sampled."""
+        return self._clock.take()
 
     def snapshot(self, next_step: int) -> dict[str, Any]:
         """State at the start of a step; ids and seeds follow from it and the configuration."""
@@ -202,6 +206,7 @@ class Coordinator:
 
     async def _publish(self, step: int, vector: SteeringVector) -> None:
         if self._policy is not None and self._policy.sha256 == vector.sha256:
+            self._policy = replace(self._policy, step=step)
             return
         # A replayed update may differ in its last bits: it is a new version, never the old number.
         version = max(step, self._next_version)
@@ -296,18 +301,11 @@ class Coordinator:
             for i in range(count)
         ]
         strict = self._config.max_staleness == 0
-        deadline = None if strict else self._config.group_deadline_s
-        done, waiting = await asyncio.wait(
-            calls, timeout=deadline, return_when=asyncio.FIRST_EXCEPTION
+        found = await within(
+            calls,
+            deadline_s=None if strict else self._config.group_deadline_s,
+            enough=self._config.min_group,
         )
-        while waiting and not any(call.exception() for call in done):
-            if sum(len(call.result()) for call in done) >= self._config.min_group:
-                break
-            more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            done |= more
-        for call in waiting:
-            call.add_done_callback(lambda late: late.cancelled() or late.exception())
-        found = [rollout for call in done for rollout in call.result()]
         order = {request.request_id: i for i, request in enumerate(requests)}
         return sorted(found, key=lambda rollout: order[rollout.request_id])
 
@@ -336,8 +334,7 @@ class Coordinator:
         ids = [item.rollout.request_id for item in kept]
         if len(kept) < 2:
             self.ledger.enter(slot.step, ids, Fate.FILTERED)
-            if ids:
-                dropped["alone in its group"] += 1
+            dropped.update({"alone in its group": 1} if ids else {})
             return None, not failed
         rewards = [item.reward.total for item in kept if item.reward.total is not None]
         if slot.prompt.kind is PromptKind.HARM and not self._informative(rewards):
@@ -375,7 +372,7 @@ class Coordinator:
         items = [item.rollout for group in groups for item in group.items[:1]][:count]
         if not items or policy is None or policy.step != step:
             return {}
-        fresh = {r.request_id: r.logprob for r in items if _sha(r) == policy.sha256}
+        fresh = {r.request_id: r.logprob for r in items if receipt_sha(r) == policy.sha256}
         if len(fresh) == len(items):
             return fresh
         requests = [
@@ -392,7 +389,7 @@ class Coordinator:
 
     def _check_receipts(self, rollouts: Sequence[Rollout], policy: _Policy) -> None:
         for item in rollouts:
-            if _sha(item) != policy.sha256:
+            if receipt_sha(item) != policy.sha256:
                 raise StageError(
                     f"rollout {item.request_id!r} has no receipt for vector {policy.sha256[:12]}: "
                     "the engine did not steer it. Nothing was learned from it"
@@ -401,7 +398,3 @@ class Coordinator:
     async def _in_thread(self, call: Callable[..., _Result], *arguments: Any) -> _Result:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, call, *arguments)
-
-
-def _sha(rollout: Rollout) -> str:
-    return rollout.receipt.sha256 if rollout.receipt else ""

@@ -183,7 +183,8 @@ def extract(
     write_atomic(folder / _STARTED, json.dumps(state).encode())
     _reconcile(folder)
     _write_input(rows, folder)
-    _run(folder, model, revision, config)
+    if _committed_rows(folder) < len(rows):
+        _run(folder, model, revision, config)
     _finish(folder, rows, config, digest)
     return folder
 
@@ -243,6 +244,12 @@ def _reconcile(folder: Path) -> None:
                 if name.startswith(mark.stem):
                     (folder / DATA / name).unlink()
             mark.unlink()
+
+
+def _committed_rows(folder: Path) -> int:
+    """Ids in the checkpoint; all of them when only the manifest was missing."""
+    marks = [p for p in (folder / "checkpoint").iterdir() if _is_committed(p)]
+    return sum(pq.read_metadata(mark).num_rows for mark in marks)
 
 
 def _is_committed(path: Path) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from spo.config import RolloutConfig
 from spo.errors import DataError, StageError
-from spo.records import GenerateRequest, Prompt, PromptKind, Sampling, SteeringSpec
+from spo.records import GenerateRequest, Prompt, PromptKind, Rollout, Sampling, SteeringSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,3 +106,8 @@ class Schedule:
             ),
             steering=spec,
         )
+
+
+def receipt_sha(rollout: Rollout) -> str:
+    """Hash of the vector that the engine says it steered with; "" without a receipt."""
+    return rollout.receipt.sha256 if rollout.receipt else ""

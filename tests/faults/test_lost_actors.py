@@ -24,8 +24,8 @@ CONFIG = EngineConfig(
     backend="fake",
     replicas=2,
     max_restarts=20,
-    start_timeout_s=60,
-    request_timeout_s=60,
+    start_timeout_s=240,
+    request_timeout_s=240,
     probe_interval_s=1.0,
 )
 
@@ -71,7 +71,7 @@ def requests(version: int) -> list[GenerateRequest]:
 
 def pid_of(pool: EnginePool, i: int) -> int:
     """Process of an engine; waits while it restarts."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while time.monotonic() < end:
         found = pool.health()[i]
         if isinstance(found, EngineHealth):

@@ -252,11 +252,8 @@ def test_layers_are_found_by_structure_or_not_at_all():
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     class Attention(nn.Module, AttentionLayerBase):
-        def get_attn_backend(self):
-            raise NotImplementedError
-
-        def get_kv_cache_spec(self, vllm_config):
-            raise NotImplementedError
+        def get_attn_backend(self): ...
+        def get_kv_cache_spec(self, vllm_config): ...
 
     def blocks(count, attention=True):
         made = [nn.Sequential(Attention() if attention else nn.Identity()) for _ in range(count)]

@@ -81,7 +81,7 @@ def test_exponent_in_a_file_is_a_number(tmp_path: Path) -> None:
         ("rollout.group_size=1", "rollout.group_size:"),
         ("steering.coefficient=.inf", "steering.coefficient:"),
         ("steering.coefficient=-1", "steering.coefficient:"),
-        ("evaluate.attack.epsilon_255=300", "evaluate.attack.epsilon_255:"),
+        ("evaluate.attacks=[{epsilon_255: 300}]", "evaluate.attacks.0.epsilon_255:"),
         ("extract.sources=[{kind: file}]", "extract.sources.0"),
         ("extract.sources=[{kind: continuation, path: x.jsonl}]", "extract.sources.0"),
         ("learn=3", "learn:"),

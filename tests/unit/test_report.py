@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from spo.errors import DataError, StageError
-from spo.evaluation import load_report, save_report
+from spo.evaluation import load_report, save_report, shown_conditions
 from spo.records import EvaluatedAnswer, EvaluationCell, EvaluationReport, Interval
 from spo.report import write_report
 from spo.report.answers import VEIL_FROM, attack_pictures, card_groups, open_picture
@@ -106,7 +106,10 @@ def test_page_is_self_contained(html: str) -> None:
 
 def test_every_plot_is_a_picture_and_in_the_page(run: Path, html: str) -> None:
     names = {path.stem for path in (run / "plots").iterdir()}
-    assert names == {"toxicity", "front", "training", "doses", "separability", "attack"}
+    assert names == {
+        *("toxicity", "front", "training", "doses", "separability", "attack"),
+        *("matrix", "cost", "strength"),
+    }
     for path in (run / "plots").iterdir():
         image = Image.open(path)
         assert image.size[0] > 800
@@ -116,7 +119,7 @@ def test_every_plot_is_a_picture_and_in_the_page(run: Path, html: str) -> None:
 
 def test_figures_of_the_page_are_those_of_the_evaluation(run: Path, html: str) -> None:
     text = Page(html).text
-    report = load_report(run / "evaluation.json")
+    report = shown_conditions(load_report(run / "evaluation.json"))
     for cell in report.cells:
         for name, value in cell.metrics.items():
             metric = metric_named(name)
@@ -128,7 +131,7 @@ def test_figures_of_the_page_are_those_of_the_evaluation(run: Path, html: str) -
 
 def test_machine_readable_headline(run: Path) -> None:
     summary = json.loads((run / "report.json").read_text())
-    report = load_report(run / "evaluation.json")
+    report = shown_conditions(load_report(run / "evaluation.json"))
     assert summary["layers"] == list(CHOSEN)
     assert summary["missing"] == {}
     assert summary["quarantined"] == 2
@@ -367,7 +370,7 @@ def test_only_the_unsteered_model() -> None:
 
 
 def test_choice_of_answers_is_the_stated_rule(run: Path) -> None:
-    report = load_report(run / "evaluation.json")
+    report = shown_conditions(load_report(run / "evaluation.json"))
     groups = card_groups(report, run)
     titles = [group.title for group in groups]
     assert titles == [
@@ -376,9 +379,10 @@ def test_choice_of_answers_is_the_stated_rule(run: Path) -> None:
         "Under the picture attack",
         "Captions",
         "Questions about pictures",
+        "Harmless text",
         "Most toxic answers with SPO",
     ]
-    assert [len(group.cards) for group in groups] == [3, 3, 3, 3, 3, 3]
+    assert [len(group.cards) for group in groups] == [3] * 7
     first = [a for a in report.answers if a.sample == 0 and a.defence == "spo"]
     worst = sorted((a.measures["toxicity"] for a in first), reverse=True)[:3]
     assert [card.answers[-1].toxicity for card in groups[-1].cards] == worst
@@ -386,7 +390,7 @@ def test_choice_of_answers_is_the_stated_rule(run: Path) -> None:
 
 
 def test_toxic_and_unjudged_text_is_veiled(run: Path) -> None:
-    report = load_report(run / "evaluation.json")
+    report = shown_conditions(load_report(run / "evaluation.json"))
     shown = [a for g in card_groups(report, run) for c in g.cards for a in c.answers]
     assert {a.veiled for a in shown} == {True, False}
     assert all(a.veiled == (a.toxicity is None or a.toxicity >= VEIL_FROM) for a in shown)

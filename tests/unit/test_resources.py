@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from spo.config import (
-    AttackConfig,
     DataConfig,
     EvaluateConfig,
     RewardConfig,
@@ -65,9 +64,9 @@ def test_testbed_prompts_are_the_same_for_the_same_seed_and_disjoint_from_heldou
 
 def test_own_evaluation_prompts_need_material_for_the_attack(tmp_path: Path) -> None:
     data = DataConfig(heldout=str(prompt_file(tmp_path)))
-    with pytest.raises(ConfigError, match=r"evaluate\.attack\.enabled=false"):
+    with pytest.raises(ConfigError, match=r"evaluate\.attacks=\[\]"):
         evaluation_inputs(RunConfig(data=data))
-    quiet = EvaluateConfig(attack=AttackConfig(enabled=False))
+    quiet = EvaluateConfig(attacks=())
     inputs = evaluation_inputs(RunConfig(data=data, evaluate=quiet))
     assert [s.condition for s in inputs.sets] == ["plain", "benign"]
     assert inputs.attack_start is None

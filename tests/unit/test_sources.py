@@ -197,7 +197,7 @@ def test_attacked_pictures_are_made_once_and_shared(
     assert 0 < np.abs(clean - attacked).max() <= 32
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("attacked-*.png")}
     masked = make_pictures(
-        job(AttributionSource(**options, ablations=12, patches=4, top_k=2, penalty=0.0))
+        job(AttributionSource(**options, ablations=12, patches=4, top_k=2, penalty=0.001))
     )
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert all(len(fact["weights"]) == 4 for fact in masked)

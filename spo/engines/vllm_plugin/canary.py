@@ -17,7 +17,8 @@ from spo.records import Operator, SteeringSpec
 from spo.vector import SteeringVector
 
 NAME = "spo-canary"
-_COEFFICIENT = 5.0
+DOSE = 5.0
+"""Coefficient of the canary's requests."""
 _EFFECT = 2e-4
 """Steering must change some log-probability by more than this."""
 _DRIFT = 1e-4
@@ -66,7 +67,7 @@ def run_canary(probe: Probe, operators: Sequence[Operator]) -> dict[str, float]:
     baseline = probe(None)
     effects: dict[str, float] = {}
     for operator in operators:
-        spec = SteeringSpec(vector=NAME, version=0, coefficient=_COEFFICIENT, operator=operator)
+        spec = SteeringSpec(vector=NAME, version=0, coefficient=DOSE, operator=operator)
         effects[operator.value] = difference(baseline, probe(spec))
     silent = [name for name, effect in effects.items() if effect <= _EFFECT]
     if silent:

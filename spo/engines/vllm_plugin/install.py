@@ -114,9 +114,9 @@ def spo_publish(self: Any, slot: int, data: bytes) -> str:
     return str(_steering(self).publish(slot, bytes(data)))
 
 
-def spo_receipts(self: Any, keys: Sequence[str]) -> str:
-    """RPC: JSON list of what was applied to each request."""
-    return json.dumps(_steering(self).router.receipts(list(keys)))
+def spo_receipts(self: Any, keys: Sequence[str], keep: bool = False) -> str:
+    """RPC: JSON list of what was applied to each request; `keep` only looks."""
+    return json.dumps(_steering(self).router.receipts(list(keys), keep))
 
 
 def spo_captures(self: Any, rows: Sequence[int]) -> bytes:

@@ -295,23 +295,27 @@ class Router:
                 self._frozen[live.steering.key] = self._figures(live)
             self._free.append(live.index)
 
-    def receipts(self, keys: Sequence[str]) -> list[dict[str, Any]]:
+    def receipts(self, keys: Sequence[str], keep: bool = False) -> list[dict[str, Any]]:
         """What was really applied, fetched once per request.
+
+        Args:
+            keys: the requests.
+            keep: only look at requests under way; their receipts are still to be fetched.
 
         Raises:
             SteeringError: a request is unknown here, or its slot was overwritten meanwhile.
         """
         found = []
         for key in keys:
-            live = self._by_key.pop(key, None)
+            live = self._by_key.get(key) if keep else self._by_key.pop(key, None)
             if live is None:
                 raise SteeringError(
                     f"the worker never saw request {key!r} or its receipt was fetched already; "
                     "the answer cannot be shown to be steered"
                 )
             self._check_slots(key, live.steering)
-            frozen = key in self._frozen
-            found.append(self._frozen.pop(key) if frozen else self._figures(live))
+            frozen = self._frozen.get(key) if keep else self._frozen.pop(key, None)
+            found.append(frozen or self._figures(live))
         return found
 
     def _figures(self, live: _Live) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from PIL import Image
 
 from spo.attacks.pgd import (
     PgdResult,
-    PixelSpace,
     loss_and_gradient,
+    prompt_pgd,
     target_loss,
     universal_pgd,
 )
+from spo.attacks.pixels import PixelSpace
 from spo.config import AttackConfig
 from spo.engines.hf import HfEngine
 from spo.engines.plan import SteeringPlan
@@ -266,3 +268,48 @@ def test_a_processor_that_changes_finished_pictures_is_refused(
     monkeypatch.setattr(processor, "size", type(processor.size)(shortest_edge=40))
     with pytest.raises(EngineError, match="own size"):
         PixelSpace.of(engine, image)
+
+
+def test_each_prompt_gets_its_own_picture(engine: HfEngine, image: Image.Image) -> None:
+    prompts = _prompts("you are", "she said", "what")
+    pairs = list(zip(prompts, (" bad", " awful thing", " bad"), strict=True))
+    config = AttackConfig(steps=12, epsilon_255=64, step_size_255=8, target="prompt", restarts=2)
+    together = prompt_pgd(engine, image, pairs=pairs, config=config)
+    assert len(together) == 3
+    for result in together:
+        assert result.attacked_loss < result.clean_loss - 0.5
+        assert result.attacked_loss == min(result.restart_losses)
+        assert len(result.restart_losses) == 2
+    # Rows do not influence each other: alone, a prompt gets the same loss.
+    alone = prompt_pgd(engine, image, pairs=pairs[1:2], config=config)
+    assert alone[0].clean_loss == pytest.approx(together[1].clean_loss, abs=1e-3)
+    assert alone[0].attacked_loss == pytest.approx(together[1].attacked_loss, abs=0.3)
+
+
+def test_the_strength_curve_runs_from_the_clean_picture_to_the_result(
+    engine: HfEngine, image: Image.Image
+) -> None:
+    config = AttackConfig(steps=10, targets=2, epsilon_255=64, step_size_255=8)
+    result = _attack(engine, image, config)
+    assert [look.step for look in result.checkpoints] == [0, 2, 4, 6, 8, 10]
+    assert result.checkpoints[0].loss == pytest.approx(result.clean_loss, abs=1e-4)
+    assert result.checkpoints[-1].loss == result.attacked_loss
+    assert (np.asarray(result.checkpoints[-1].image) == np.asarray(result.image)).all()
+
+
+def test_straight_through_passes_a_closed_gate_and_changes_no_value(
+    engine: HfEngine, image: Image.Image, tmp_path: Path
+) -> None:
+    plan = _plan(engine, Operator.CLAMP)
+    # Calibration far along the direction: the gate is closed for every token.
+    far = replace(plan, calibration=plan.directions * 100.0)
+    space = PixelSpace.of(engine, image)
+    pairs = _pairs(engine, space, tmp_path)[:1]
+    bare, bare_slope = loss_and_gradient(engine, space, space.clean, pairs)
+    hard, hard_slope = loss_and_gradient(engine, space, space.clean, pairs, plan=far)
+    soft, soft_slope = loss_and_gradient(
+        engine, space, space.clean, pairs, plan=replace(far, straight_through=True)
+    )
+    assert bare == hard == soft
+    assert torch.equal(bare_slope, hard_slope)
+    assert (soft_slope - hard_slope).norm() > 0.01 * hard_slope.norm()

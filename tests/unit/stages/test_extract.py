@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,9 @@ from PIL import Image
 
 from spo.activations import CALIBRATION, ContrastRow, decode_half, row_to_json
 from spo.config import ExtractConfig
-from spo.errors import DataError
+from spo.errors import DataError, StageError
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side
-from spo.stages.extract import ActivationExtractor, _reconcile, extract
+from spo.stages.extract import ActivationExtractor, _cause, _reconcile, extract
 
 
 def row(prompt_id: str, side: Side = Side.HARM, source: str = "s", **more: object) -> ContrastRow:
@@ -74,6 +76,16 @@ def test_files_and_checkpoint_are_reconciled(tmp_path: Path) -> None:
         "good.parquet",
         "uncommitted.pending.parquet",  # Ray's own to clean
     ]
+
+
+def test_errors_that_crossed_ray_keep_their_words() -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "the disk is full" in _cause(full)
+    assert "goes on where it stopped" in _cause(full)
+    outer = RuntimeError("Traceback ...\n  many lines\n")
+    outer.__cause__ = StageError("extract.layers asks for blocks [9], the model has 0..3")
+    assert _cause(outer) == "extract.layers asks for blocks [9], the model has 0..3"
+    assert _cause(RuntimeError("Traceback ...\nValueError: odd\n")) == "ValueError: odd"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,38 @@
+"""Weights of a Transformers model: trained ones, or random ones of the same shape for timings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from spo.engines.identity import is_shape
+from spo.errors import EngineError
+
+
+def load_model(model: str, revision: str | None, *, dtype: str, device: str, pictures: bool) -> Any:
+    """A frozen model in evaluation mode.
+
+    Args:
+        model: local folder in hub layout, or hub id. A folder with a file `BENCHMARK_SHAPE` gets
+            random weights, for timings of its shape.
+        revision: hub revision.
+        dtype: "float32", "bfloat16" or "float16".
+        device: torch device.
+        pictures: whether the model takes pictures.
+
+    Raises:
+        EngineError: the weights cannot be loaded.
+    """
+    auto = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+    kind = getattr(torch, dtype)
+    try:
+        if is_shape(model):
+            with torch.device(device):
+                loaded = auto.from_config(AutoConfig.from_pretrained(model), dtype=kind)
+        else:
+            loaded = auto.from_pretrained(model, revision=revision, dtype=kind)
+        return loaded.to(device).eval().requires_grad_(False)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"cannot load the weights of {model!r}: {error}") from error

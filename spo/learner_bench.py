@@ -1,0 +1,363 @@
+"""The learner's step on this machine: everything shared against nothing shared; one card for all.
+
+step: sequences/s of a step with shared prompts and prefix, against the naive step (unsteered pass,
+steered pass, backward; nothing cached, all logits kept), on random weights of a real shape.
+loop: Stage II with engine and learner on one device, at S = 0 and S = 1: seconds a step, and the
+share of the time in which the engine waits for the learner. Rewards are drawn from the answers'
+hashes: the shape of the work is real, what is learned means nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image
+
+from spo.config import EngineConfig, LearnConfig, RewardConfig, RolloutConfig, SteeringConfig
+from spo.engines.hf import HfEngine
+from spo.engines.plan import SteeringPlan, TokenBatch, token_kl, token_logprobs
+from spo.engines.vllm_plugin.shapes import write_shape
+from spo.records import Batch, Operator, Positions, Prompt, PromptKind, Rollout
+from spo.stages.coordinator import Coordinator, Settings
+from spo.stages.learner import VectorLearner
+from spo.stages.rollout import EnginePool
+from spo.stages.schedule import Schedule
+from spo.vector import SteeringVector
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "shape": "llava-tiny",
+        "side": 32,
+        "layers": (1, 2),
+        "prompts": 4,
+        "group": 4,
+        "tokens": 8,
+        "micro": 8,
+        "dtype": "float32",
+        "device": "cpu",
+        "repeats": 2,
+        "steps": 3,
+        "words": 12,
+    },
+    "h200": {
+        "shape": "llava-1.5-7b",
+        "side": 336,
+        "layers": (14, 17, 20, 23, 26),
+        "prompts": 16,
+        "group": 4,
+        "tokens": 64,
+        "micro": 8,
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "repeats": 5,
+        "steps": 12,
+        "words": 60,
+    },
+}
+
+
+def run(preset: str, output: Path, *, time_limit: float, loop: bool = True) -> str:
+    """Measure, writing `results.json` after each figure; returns the table."""
+    settings = PRESETS[preset]
+    output.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + time_limit
+    folder = write_shape(settings["shape"], output / "shape")
+    (folder / "BENCHMARK_SHAPE").write_text("random weights\n")
+    results: dict[str, Any] = {"preset": preset, "rows": {}, "device": _device(settings["device"])}
+
+    def keep(name: str, figures: dict[str, float] | str) -> None:
+        results["rows"][name] = figures
+        (output / "results.json").write_text(json.dumps(results, indent=1))
+        (output / "table.md").write_text(_table(results))
+
+    engine = HfEngine(str(folder), dtype=settings["dtype"], device=settings["device"])
+    prompts = _prompts(settings, output)
+    _measure_steps(engine, prompts, settings, keep)
+    for staleness in (0, 1) if loop else ():
+        if time.monotonic() > end - 60:
+            keep(f"loop, S = {staleness}", "left out: no time")
+            continue
+        try:
+            limit = (end - time.monotonic()) / (2 - staleness)
+            figures = _measure_loop(engine, folder, prompts, settings, staleness, limit)
+        except Exception as error:  # noqa: BLE001 what was measured before must not be lost
+            keep(f"loop, S = {staleness}", f"FAILED: {error}")
+        else:
+            keep(f"loop, S = {staleness}", figures)
+    return _table(results)
+
+
+def _measure_steps(
+    engine: HfEngine,
+    prompts: Sequence[Prompt],
+    settings: dict[str, Any],
+    keep: Callable[[str, dict[str, float] | str], None],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (settings["micro"], settings["tokens"])
+    plans = _plan(engine, settings)
+    answers = torch.randint(0, 256, shape, generator=generator).tolist()
+    group = settings["group"]
+    some = [prompts[i // group] for i in range(settings["micro"])]
+    batch = engine.prepare(some, answers)
+    ways: dict[str, Callable[[], None]] = {
+        "naive step": lambda: _naive(engine, batch, plans),
+        "shared prefix and prompts": lambda: _shared(engine, batch, plans, cached=True),
+        "shared head only": lambda: _shared(engine, batch, plans, cached=False),
+    }
+    gradients = {}
+    for name, step in ways.items():
+        try:
+            step()  # warm
+            gradients[name] = _taken(plans)
+            times = []
+            _reset_peak(engine)
+            for _ in range(settings["repeats"]):
+                _wait(engine)
+                begin = time.perf_counter()
+                step()
+                _wait(engine)
+                times.append(time.perf_counter() - begin)
+                plans.directions.grad = None
+        except RuntimeError as error:
+            keep(name, f"FAILED: {str(error)[:200]}")
+            plans.directions.grad = None
+            continue
+        figures = {"sequences_s": len(answers) / median(times), "peak_gib": _peak(engine)}
+        naive = gradients.get("naive step")
+        if naive is not None:
+            cosine = torch.nn.functional.cosine_similarity(
+                gradients[name].flatten(), naive.flatten(), dim=0
+            )
+            figures["gradient_cosine_to_naive"] = float(cosine)
+        keep(name, figures)
+
+
+def _naive(engine: HfEngine, batch: TokenBatch, plan: SteeringPlan) -> None:
+    with torch.no_grad():
+        reference = engine.answer_logits(batch)
+    logits = engine.answer_logits(batch, plan)
+    policy = token_logprobs(logits, batch.answer_ids, batch.answer_mask)
+    kl = token_kl(logits, reference) * batch.answer_mask
+    (policy.sum() + kl.sum()).backward()
+
+
+def _shared(engine: HfEngine, batch: TokenBatch, plan: SteeringPlan, *, cached: bool) -> None:
+    scores = engine.answer_scores(batch, [plan], chunk_tokens=512, cache_prefix=cached)[0]
+    (scores.policy.sum() + scores.kl.sum()).backward()
+
+
+def _measure_loop(
+    engine: HfEngine,
+    folder: Path,
+    prompts: Sequence[Prompt],
+    settings: dict[str, Any],
+    staleness: int,
+    limit_s: float,
+) -> dict[str, float]:
+    import ray
+
+    gpu = settings["device"] == "cuda"
+    config = EngineConfig(
+        backend="vllm",
+        dtype=settings["dtype"],
+        max_model_len=1024,
+        memory_gib=0.2,
+        gpu_memory_utilization=0.4,
+        num_gpus=0.5 if gpu else 0.0,
+    )
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    pool = EnginePool.start(str(folder), None, config, prefix=f"bench-{staleness}", seed=0)
+    try:
+        return _loop(engine, pool, prompts, settings, staleness, time.monotonic() + limit_s)
+    finally:
+        pool.close()
+        if started:
+            ray.shutdown()
+
+
+def _loop(
+    engine: HfEngine,
+    pool: EnginePool,
+    prompts: Sequence[Prompt],
+    settings: dict[str, Any],
+    staleness: int,
+    end: float,
+) -> dict[str, float]:
+    steering = SteeringConfig(operator=Operator.ADD, positions=Positions.ALL, coefficient=0.1)
+    rollout = RolloutConfig(
+        harm_prompts=settings["prompts"] - settings["prompts"] // 4,
+        benign_prompts=settings["prompts"] // 4,
+        group_size=settings["group"],
+        max_tokens=settings["tokens"],
+        max_staleness=staleness,
+        parity_answers=0,  # two sets of random weights: they differ, as they must
+    )
+    steps = settings["steps"]
+    coordinator = Coordinator(
+        Schedule(prompts, rollout, seed=0),
+        pool,
+        _HashScorer(),
+        Settings(
+            steering=steering,
+            rollout=rollout,
+            reward=RewardConfig(),
+            steps=steps,
+            informative=lambda rewards: True,
+        ),
+    )
+    info = pool.info
+    vector = _vector(engine, settings).replace(
+        model_id=info.model_id, model_revision=info.model_revision
+    )
+    config = LearnConfig(micro_batch=settings["micro"], max_kl=1e9, learning_rate=0.01)
+    learner = VectorLearner(engine, vector, steering=steering, config=config)
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+
+    def call(awaitable: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(awaitable, loop).result()
+
+    async def record(step: int) -> None:
+        coordinator.record({"step": step, "learn_s": 0.0})
+
+    idle: list[float] = []
+    learned: list[float] = []
+    times: list[float] = []
+    for step in range(steps):
+        begin = time.perf_counter()
+        batch: Batch = call(coordinator.batch(step, learner.vector))
+        learned.append(learner.update(batch).seconds)
+        taken = coordinator.idle_seconds()
+        call(record(step))
+        times.append(time.perf_counter() - begin)
+        idle.append(taken)
+        if time.monotonic() > end:
+            break
+    loop.call_soon_threadsafe(loop.stop)
+    return _loop_figures(engine, settings, times, learned, idle)
+
+
+def _loop_figures(
+    engine: HfEngine,
+    settings: dict[str, Any],
+    times: list[float],
+    learned: list[float],
+    idle: list[float],
+) -> dict[str, float]:
+    # The first two steps fill the pipeline and compile; the last has nothing to work ahead for.
+    kept = slice(2, len(times) - 1) if len(times) > 4 else slice(1, None)
+    wall = sum(times[kept])
+    return {
+        "seconds_a_step": wall / len(times[kept]),
+        "learn_s": median(learned[kept]),
+        "engine_waits": sum(idle[kept]) / wall,
+        "sequences_s": settings["prompts"] * settings["group"] * len(times[kept]) / wall,
+        "peak_gib": _peak(engine),
+    }
+
+
+class _HashScorer:
+    """Rewards without a meaning, different for every answer."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
+        return [
+            {"toxicity": hashlib.sha256(r.text.encode()).digest()[0] / 255, "alignment": 0.3}
+            for r in rollouts
+        ]
+
+
+def _prompts(settings: dict[str, Any], folder: Path) -> list[Prompt]:
+    made = []
+    for i in range(settings["prompts"] * 4):
+        path = folder / f"picture-{i % 8}.png"
+        if not path.is_file():
+            Image.new("RGB", (settings["side"],) * 2, (i % 8 * 30, 90, 160)).save(path)
+        kind = PromptKind.BENIGN if i % 4 == 3 else PromptKind.HARM
+        text = f"{i} " + "word " * (settings["words"] // 5)
+        made.append(Prompt(prompt_id=f"p{i}", text=text, kind=kind, image=str(path)))
+    return made
+
+
+def _vector(engine: HfEngine, settings: dict[str, Any]) -> SteeringVector:
+    layers = settings["layers"]
+    generator = torch.Generator().manual_seed(1)
+    directions = torch.randn(len(layers), engine.info.hidden_size, generator=generator)
+    return SteeringVector(
+        layers=layers,
+        directions=directions / directions.norm(dim=1, keepdim=True),
+        mean_norms=torch.ones(len(layers)),
+        calibration=torch.zeros_like(directions),
+        model_id=engine.info.model_id,
+        model_revision=engine.info.model_revision,
+    )
+
+
+def _plan(engine: HfEngine, settings: dict[str, Any]) -> SteeringPlan:
+    vector = _vector(engine, settings)
+    return SteeringPlan(
+        layers=vector.layers,
+        directions=vector.directions.to(engine.device).requires_grad_(),
+        mean_norms=vector.mean_norms.to(engine.device),
+        calibration=vector.calibration.to(engine.device),
+        operator=Operator.ADD,
+        positions=Positions.ALL,
+        coefficient=0.1,
+    )
+
+
+def _taken(plan: SteeringPlan) -> torch.Tensor:
+    assert plan.directions.grad is not None
+    gradient = plan.directions.grad.clone()
+    plan.directions.grad = None
+    return gradient
+
+
+def _wait(engine: HfEngine) -> None:
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _reset_peak(engine: HfEngine) -> None:
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(engine: HfEngine) -> float:
+    if engine.device.type != "cuda":
+        return float("nan")
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def _device(kind: str) -> str:
+    return torch.cuda.get_device_name() if kind == "cuda" else "CPU"
+
+
+def _table(results: dict[str, Any]) -> str:
+    rows = results["rows"]
+    columns = list(dict.fromkeys(k for row in rows.values() if isinstance(row, dict) for k in row))
+    lines = [
+        "| " + " | ".join(["", *columns, "of naive"]) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    naive = rows.get("naive step")
+    for name, row in rows.items():
+        if not isinstance(row, dict):
+            lines.append(f"| {name} | {row} |")
+            continue
+        cells = [f"{row[column]:.3f}" if column in row else "" for column in columns]
+        step = isinstance(naive, dict) and not name.startswith("loop")
+        share = f"{row['sequences_s'] / naive['sequences_s']:.2f} x" if step else ""
+        lines.append("| " + " | ".join([name, *cells, share]) + " |")
+    return f"{results['device']}\n\n" + "\n".join(lines) + "\n"

@@ -1,0 +1,192 @@
+"""All objectives of Stage II side by side: one Stage I, one set of engines, several seeds each.
+
+The runs share everything but the objective and the seed. The learner runs in this process, without
+Ray Train around it; coordinator, engines and reward models are those of every run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spo.algorithms.objectives import OBJECTIVES
+from spo.artifact import SteeringArtifact
+from spo.config import RunConfig
+from spo.engines.plan import DifferentiableEngine
+from spo.evaluation import evaluate
+from spo.pipeline import prepare
+from spo.progress import Reporter
+from spo.records import Batch, SteeringSpec
+from spo.refine import Pools, load_artifact, make_coordinator, train
+from spo.resources import evaluation_inputs, open_judge, training_prompts
+from spo.stage1 import STAGE1, run_estimate, run_extract
+from spo.stages.learner import Update, VectorLearner
+from spo.vector import SteeringVector
+
+COLUMNS = ("reward", "toxicity", "nll", "attributes", "correct", "kl_benign", "seconds")
+_CONDITIONS = {"plain": ("toxicity", "nll"), "caption": ("attributes",), "question": ("correct",)}
+
+
+def compare(
+    config: RunConfig,
+    reporter: Reporter,
+    *,
+    objectives: Sequence[str] = tuple(OBJECTIVES),
+    seeds: int = 3,
+) -> Path:
+    """Run what is missing of the comparison, and write it; returns the table's path.
+
+    Each finished run is a line of `objectives.jsonl`, so that an interrupted comparison goes on.
+    """
+    prepare(config)
+    run_extract(config, reporter)
+    run_estimate(config, reporter)
+    rows_path = config.run_dir / "objectives.jsonl"
+    rows = _read(rows_path)
+    with Pools(config, reporter) as pools:
+        start = load_artifact(config, STAGE1, pools)
+        engine = _open(config, pools)
+        wanted: list[tuple[str, int]] = [("unsteered", 0), ("Stage I", 0)]
+        wanted += [(name, seed) for seed in range(seeds) for name in objectives]
+        done = {(row["objective"], row["seed"]) for row in rows}
+        for number, (name, seed) in enumerate(wanted):
+            if (name, seed) not in done:
+                row = _one(config, pools, engine, start, name, seed)
+                rows.append(row)
+                with rows_path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                write_table(rows, config.run_dir / "objectives.md")
+            reporter.step(number + 1, len(wanted), f"{name}, seed {seed}")
+    return config.run_dir / "objectives.md"
+
+
+def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Mean and standard deviation over seeds of each objective, as Markdown."""
+    lines = [
+        "| objective | seeds | " + " | ".join(COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 2) + "|",
+    ]
+    for name in dict.fromkeys(row["objective"] for row in rows):
+        mine = [row for row in rows if row["objective"] == name]
+        cells = []
+        for column in COLUMNS:
+            values = [row[column] for row in mine if column in row]
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
+        lines.append(f"| {name} | {len(mine)} | " + " | ".join(cells) + " |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _one(
+    config: RunConfig,
+    pools: Pools,
+    engine: DifferentiableEngine,
+    start: SteeringArtifact,
+    name: str,
+    seed: int,
+) -> dict[str, Any]:
+    begin = time.monotonic()
+    row: dict[str, Any] = {"objective": name, "seed": seed}
+    vector: SteeringVector | None = start.vector
+    if name == "unsteered":
+        vector = None
+    elif name != "Stage I":
+        learn = config.learn.model_copy(update={"objective": name})
+        mine = config.model_copy(update={"learn": learn, "seed": seed})
+        vector, figures = _refine(mine, pools, engine, start)
+        row |= figures
+    row["seconds"] = time.monotonic() - begin
+    return row | _measure(config, pools, start, vector, f"{name}-{seed}")
+
+
+def _refine(
+    config: RunConfig, pools: Pools, engine: DifferentiableEngine, start: SteeringArtifact
+) -> tuple[SteeringVector, dict[str, float]]:
+    prompts, _ = training_prompts(config.data, config.cache, config.seed)
+    history = config.run_dir / f"history-{config.learn.objective}-{config.seed}.jsonl"
+    history.write_text("")
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    coordinator = make_coordinator(prompts, config, pools.rollouts, pools.rewards, history)
+    learner = VectorLearner(engine, start.vector, steering=config.steering, config=config.learn)
+    updates: list[Update] = []
+
+    def next_batch(step: int, vector: SteeringVector) -> Batch:
+        return asyncio.run_coroutine_threadsafe(coordinator.batch(step, vector), loop).result()
+
+    def after_step(update: Update, vector: SteeringVector) -> None:
+        async def record() -> None:
+            figures = {"step": update.step, "learn_s": update.seconds, "kl": update.kl}
+            coordinator.record(figures | {"alarms": list(update.alarms)})
+
+        asyncio.run_coroutine_threadsafe(record(), loop).result()
+        updates.append(update)
+
+    vector = train(learner, next_batch, steps=range(config.learn.steps), after_step=after_step)
+    loop.call_soon_threadsafe(loop.stop)
+    pools.rollouts.retire(f"spo-{config.learn.objective}-{config.seed}")
+    rewards = [json.loads(line)["reward"] for line in history.read_text().splitlines()]
+    return vector, {"reward": float(np.mean(rewards[-2:])), "kl_benign": updates[-1].kl_benign}
+
+
+def _measure(
+    config: RunConfig,
+    pools: Pools,
+    start: SteeringArtifact,
+    vector: SteeringVector | None,
+    name: str,
+) -> dict[str, float]:
+    spec = None
+    if vector is not None:
+        pools.rollouts.publish(name, vector, 0)
+        spec = SteeringSpec(
+            vector=name,
+            version=0,
+            coefficient=start.coefficient,
+            operator=start.operator,
+            positions=start.positions,
+        )
+    inputs = evaluation_inputs(config)
+    report = evaluate(
+        pools.rollouts,
+        {"none" if spec is None else "steered": spec},
+        [part for part in inputs.sets if part.condition in _CONDITIONS],
+        judge=open_judge(config.evaluate),
+        alignment=None,
+        checks=inputs.checks,
+        config=config.evaluate,
+        seed=config.seed,
+    )
+    pools.rollouts.retire(name)
+    return {
+        metric: cell.metrics[metric].mean
+        for cell in report.cells
+        for metric in _CONDITIONS[cell.condition]
+        if metric in cell.metrics
+    }
+
+
+def _open(config: RunConfig, pools: Pools) -> DifferentiableEngine:
+    if config.engine.backend == "fake":
+        from spo.engines.fake import FakeEngine
+
+        return FakeEngine()
+    from spo.engines.hf import HfEngine
+
+    device = "cuda" if config.learn.use_gpu else "cpu"
+    return HfEngine(
+        pools.model.path, revision=pools.model.revision, dtype=config.learn.dtype, device=device
+    )
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]

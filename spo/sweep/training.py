@@ -1,0 +1,171 @@
+"""The preference loop of one trial, in the trial's own process and without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from spo.algorithms.objectives import is_informative
+from spo.config import RunConfig
+from spo.engines.base import Sampler
+from spo.engines.plan import DifferentiableEngine
+from spo.errors import DataError, StageError
+from spo.records import Batch
+from spo.refine import train
+from spo.stages.coordinator import Coordinator, Settings
+from spo.stages.learner import Update, VectorLearner
+from spo.stages.ledger import Ledger
+from spo.stages.observe import Recorder
+from spo.stages.schedule import Schedule
+from spo.sweep.slots import trained_name
+from spo.sweep.validation import Scorer, Split
+from spo.vector import SteeringVector
+
+_KEPT_CHECKPOINTS = 2
+_COORDINATOR = "coordinator.json"
+_Result = TypeVar("_Result")
+
+
+class TrialTraining:
+    """Learner and coordinator of one trial, with a checkpoint at every step.
+
+    Args:
+        config: run configuration of the trial.
+        digest: names its vectors.
+        folder: history and checkpoints.
+        split: it learns from the training part only.
+        sampler: engine or pool, already leased.
+        scorer: reward models.
+        open_engine: opens the engine that gradients come from.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        digest: str,
+        folder: Path,
+        *,
+        split: Split,
+        sampler: Sampler,
+        scorer: Scorer,
+        open_engine: Callable[[RunConfig], DifferentiableEngine],
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._open_engine = open_engine
+        self._learner: VectorLearner | None = None
+        self._settings = Settings(
+            steering=config.steering,
+            rollout=config.rollout,
+            reward=config.reward,
+            steps=config.learn.steps,
+            informative=partial(is_informative, config=config.learn),
+            name=trained_name(digest),
+        )
+        self._coordinator = Coordinator(
+            Schedule(list(split.train), config.rollout, config.seed),
+            sampler,
+            scorer,
+            self._settings,
+            ledger=Ledger(folder / "ledger.jsonl"),
+            recorder=Recorder(config.reward, history=folder / "history.jsonl"),
+        )
+        engine = config.engine
+        self._timeout_s = float(
+            engine.start_timeout_s + 2 * engine.request_timeout_s + config.reward.timeout_s
+        )
+
+    def run(self, start: SteeringVector, until: int) -> SteeringVector:
+        """Learner steps up to `until`, from the last checkpoint; the vector after them."""
+        first = self._resume(start)
+        learner = self._learner
+        assert learner is not None
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, daemon=True)
+        thread.start()
+
+        def wait(coroutine: Coroutine[Any, Any, _Result], what: str) -> _Result:
+            future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+            try:
+                return future.result(timeout=self._timeout_s)
+            except TimeoutError as error:
+                raise StageError(
+                    f"waited {self._timeout_s:.0f} s for {what}; the engines or scorers hang: see "
+                    "their logs, or raise engine.request_timeout_s"
+                ) from error
+
+        def next_batch(step: int, vector: SteeringVector) -> Batch:
+            return wait(self._coordinator.batch(step, vector), f"the rollouts of step {step}")
+
+        def after_step(update: Update, vector: SteeringVector) -> None:
+            figures = asdict(update) | {"doses": vector.doses.tolist()}
+            figures["learn_s"] = figures.pop("seconds")
+            snapshot = wait(self._recorded(figures), "the coordinator")
+            self._checkpoint(learner, update.step + 1, snapshot)
+
+        try:
+            return train(learner, next_batch, steps=range(first, until), after_step=after_step)
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(timeout=self._timeout_s)
+
+    async def _recorded(self, figures: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self._coordinator.record(figures)
+
+    def _resume(self, start: SteeringVector) -> int:
+        """Learner and coordinator as the last checkpoint left them; the step to run next."""
+        fresh = self._learner is None
+        if self._learner is None:
+            self._learner = VectorLearner(
+                self._open_engine(self._config),
+                start,
+                steering=self._config.steering,
+                config=self._config.learn,
+            )
+        kept = self._checkpoints()
+        if not kept:
+            return 0
+        if not fresh:
+            return int(kept[-1].name.rsplit("-", 1)[1])
+        first = self._learner.restore(kept[-1])
+        self._coordinator.restore(json.loads((kept[-1] / _COORDINATOR).read_text()))
+        return first
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self._folder.glob("checkpoint-*[0-9]"))
+
+    def _checkpoint(
+        self, learner: VectorLearner, next_step: int, snapshot: Mapping[str, Any]
+    ) -> None:
+        """Whole or not at all: a kill during the write leaves the one before."""
+        path = self._folder / f"checkpoint-{next_step:06d}"
+        part = path.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        learner.save(part, next_step)
+        (part / _COORDINATOR).write_text(json.dumps(snapshot))
+        if not path.exists():
+            part.rename(path)
+        for old in self._checkpoints()[:-_KEPT_CHECKPOINTS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def read_history(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    """Figures by learner step; a step that was replayed counts once, as it went last."""
+    path = folder / "history.jsonl"
+    if not path.is_file():
+        return ()
+    steps: dict[int, Mapping[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}: a line is not JSON: {error}") from error
+        steps[int(entry["step"])] = entry
+    return tuple(steps[step] for step in sorted(steps))
