@@ -112,7 +112,8 @@ def test_pictures_are_embedded_once_and_the_oldest_goes_first(folder, monkeypatc
     assert seen == [2, 1]
     scorer.embed_images([RED])
     assert seen == [2, 1]
-    assert torch.equal(scorer.embed_images([BLUE])[0], first[1])
+    # Alone in its batch it is summed in another order.
+    assert torch.allclose(scorer.embed_images([BLUE])[0], first[1], atol=1e-5)
     assert seen == [2, 1, 1]
 
 
