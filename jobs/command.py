@@ -91,9 +91,9 @@ def cluster(config: RunConfig, stages: Sequence[str] = ()) -> Iterator[None]:
 
     local = connect(config)
     try:
+        _check_room(config, stages)
         if not local:
             _check_nodes(config)
-        _check_room(config, stages)
         lock = _RunLock(config)
         try:
             yield

@@ -26,7 +26,8 @@ from tests.fake_run import write_fake_run
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
-QUICK_S = 30.0
+QUICK_S = 90.0
+"""A refusal takes under 30 s on a quiet machine; half of it is the start of Python and Ray."""
 
 
 def local_module() -> ModuleType:
@@ -59,7 +60,7 @@ class User:
             env=self.variables | variables,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=300,
             check=False,
         )
 
@@ -129,7 +130,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(user: User, tmp_path: 
         lines = [p.read_text().splitlines() for p in config.run_dir.glob("history-*.jsonl")]
         return [json.loads(line)["step"] for lines_of in lines for line in lines_of]
 
-    end = time.monotonic() + 150
+    end = time.monotonic() + 300
     while len(steps()) < 2:
         assert time.monotonic() < end, user.run(RAY, "job", "logs", "first").stdout[-3000:]
         time.sleep(0.1)
@@ -161,7 +162,7 @@ def test_large_junk_beside_the_code_is_not_uploaded(user: User, tmp_path: Path) 
         with (tmp_path / name).open("wb") as file:
             file.truncate(2 << 30)  # Ray refuses more than 512 MiB
     program = "import os; print('FILES', sorted(f for _, _, fs in os.walk('.') for f in fs))"
-    done = user.submit("python", "-c", f'"{program}"', cwd=tmp_path)
+    done = user.submit("python", "-c", program, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "FILES ['.gitignore', '.rayignore', 'code.py']" in done.stdout
 

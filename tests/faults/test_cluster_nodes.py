@@ -170,7 +170,7 @@ def test_training_survives_the_loss_of_a_node_and_of_a_driver(site: Site, tmp_pa
     }
     wait_for(lambda: len(steps_done(killed)) >= 2, log=logs["killed"], job=jobs["killed"])
     twin = site.job("train", "name=killed", *TRAIN, log=logs["twin"])
-    assert twin.wait(timeout=60) == 1
+    assert twin.wait(timeout=240) == 1
     assert "is working on s3://" in logs["twin"].read_text()
 
     wait_for(lambda: len(steps_done(bereft)) >= 2, log=logs["bereft"], job=jobs["bereft"])
