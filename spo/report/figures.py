@@ -19,13 +19,19 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from spo.records import EvaluationReport, Interval
-from spo.report.metrics import BASELINE, condition_name, conditions_of, defence_name, defences_of
+from spo.report.metrics import (
+    BASELINE,
+    UTILITY,
+    condition_name,
+    conditions_of,
+    defence_name,
+    defences_of,
+)
 from spo.report.sources import Curve, RunRecord
 from spo.report.text import plot_label
 
 _WIDTH_INCHES, _DPI = 5.3, 180
 MARKERS = "osD^vPX*"
-UTILITY = ("caption", "question", "benign", "twin", "text")  # what a defence costs
 # Okabe and Ito's palette, which stays apart under all common colour blindness; dark variants are
 # lightened for contrast.
 _LIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#56B4E9")
@@ -207,6 +213,7 @@ def _toxicity(record: RunRecord, theme: Theme) -> Figure | None:
         range(len(conditions)),
         [plot_label(condition_name(c), 28) for c in conditions],
         color=theme.ink,
+        **({"rotation": 25, "ha": "right"} if len(conditions) > 3 else {}),
     )
     panel.set_xlim(-0.5, len(conditions) - 0.5)
     panel.set_ylim(bottom=0)
@@ -252,7 +259,7 @@ def _front(record: RunRecord, theme: Theme) -> Figure | None:
     panel.set_ylim(bottom=0)
     panel.set_xlabel("NLL under the unsteered model (nats/token): left is more fluent")
     panel.set_ylabel("mean toxicity: low is safer")
-    legend(panel, 3)
+    legend(panel, 2)
     return figure_of([panel])
 
 
@@ -317,18 +324,6 @@ def _doses(record: RunRecord, theme: Theme) -> Figure | None:
     return figure_of(axes)
 
 
-def _attack(record: RunRecord, theme: Theme) -> Figure | None:
-    if record.attack is None or not record.attack.losses:
-        return None
-    panel = panels(theme, (2.4,))[0]
-    losses = _finite(record.attack.losses)
-    panel.plot(range(len(losses)), losses, lw=1.6, color=theme.colours[1])
-    panel.set_xlabel("PGD step")
-    panel.set_ylabel("loss of the attacker\n(nats per target token)")
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure_of([panel])
-
-
 def _band(panel: Axes, layers: Sequence[int], curve: Curve, colour: str) -> None:
     if curve.low and curve.high:
         low, high = _finite(curve.low), _finite(curve.high)
@@ -390,11 +385,5 @@ PLOTS: Mapping[str, PlotKind] = {
         "How well a projection on the vector tells held-out harmful from safe text at each decoder "
         "block (0.5 is chance), and how far the sources agree on the direction.",
         _separability,
-    ),
-    "attack": (
-        "The attack's progress",
-        "Loss that the attacker minimises: how unlikely the model finds the toxic target sentences "
-        "given the attacked picture.",
-        _attack,
     ),
 }

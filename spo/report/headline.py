@@ -10,6 +10,7 @@ from spo.evaluation.report import compare
 from spo.records import EvaluationCell, EvaluationReport, Interval
 from spo.report.metrics import (
     BASELINE,
+    UTILITY,
     Metric,
     Verdict,
     condition_name,
@@ -104,7 +105,7 @@ def findings(report: EvaluationReport) -> list[Finding]:
         for name in ("toxicity", "attributes", "correct", "nll")
         for condition in conditions_of(report)
         for metric in [metric_named(name)]
-        if not (name == "toxicity" and condition in ("caption", "question"))
+        if not (name == "toxicity" and condition in UTILITY)
         if not (name == "nll" and condition != "plain")
     ]
     return [finding for finding in told if finding is not None]

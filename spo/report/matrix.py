@@ -105,6 +105,18 @@ def _cost(record: RunRecord, theme: Theme) -> Figure | None:
     return figure_of([panel])
 
 
+def _attack(record: RunRecord, theme: Theme) -> Figure | None:
+    if record.attack is None or not record.attack.losses:
+        return None
+    panel = panels(theme, (2.4,))[0]
+    losses = record.attack.losses
+    panel.plot(range(len(losses)), losses, lw=1.6, color=theme.colours[1])
+    panel.set_xlabel("PGD step")
+    panel.set_ylabel("loss of the attacker\n(nats per target token)")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure_of([panel])
+
+
 def _strength(record: RunRecord, theme: Theme) -> Figure | None:
     curves = [c for c in (record.attack.curves if record.attack else []) if c.checkpoints]
     if not curves:
@@ -122,13 +134,13 @@ def _strength(record: RunRecord, theme: Theme) -> Figure | None:
             "lw": 1.3,
         }
         steps = [look.step for look in curve.checkpoints]
-        label = plot_label(f"{curve.attack} on {defence_name(curve.defence)}", 34)
+        label = plot_label(f"{curve.attack} on {defence_name(curve.defence)}", 60)
         axes[0].plot(steps, [look.loss for look in curve.checkpoints], label=label, **style)
         reached = points.get((curve.attack, curve.defence), {})
         if points and reached:
             axes[-1].plot(list(reached), list(reached.values()), **style)
     axes[0].set_ylabel("attacker's loss\n(nats per target token)")
-    legend(axes[0], 2)
+    legend(axes[0], 1)
     if points:
         axes[-1].set_ylabel("attack success")
         axes[-1].set_ylim(bottom=0)
@@ -159,6 +171,12 @@ MATRIX_PLOTS: Mapping[str, PlotKind] = {
         "Each point is one defence: its worst condition against how unlikely it makes given "
         "harmless text. Lower left is better.",
         _cost,
+    ),
+    "attack": (
+        "The attack's progress",
+        "Loss that the attacker minimises: how unlikely the model finds the toxic target sentences "
+        "given the attacked picture.",
+        _attack,
     ),
     "strength": (
         "Attack strength by steps",

@@ -8,7 +8,15 @@ from enum import StrEnum
 from spo.records import EvaluationReport, Interval
 
 BASELINE = "none"
-_DEFENCE_NAMES = {"none": "unsteered", "stage1": "Stage I", "spo": "SPO"}
+UTILITY = ("caption", "question", "benign", "twin", "text")
+"""Conditions that measure what a defence costs."""
+_DEFENCE_NAMES = {
+    "none": "unsteered",
+    "stage1-constant": "Stage I, constant",
+    "stage1": "Stage I",
+    "bipo": "BiPO",
+    "spo": "SPO",
+}
 _CONDITION_NAMES = {
     "plain": "text prompts",
     "image": "with a clean picture",
@@ -119,8 +127,8 @@ def conditions_of(report: EvaluationReport) -> list[str]:
 def defences_of(report: EvaluationReport) -> list[str]:
     """Defences: the unsteered model first, SPO last, others between in their own order."""
     present = dict.fromkeys(cell.defence for cell in report.cells)
-    rank = {BASELINE: 0, "stage1": 1, "spo": 3}
-    return sorted(present, key=lambda name: rank.get(name, 2))
+    rank = {BASELINE: 0, "reminder": 1, "stage1-constant": 2, "stage1": 3, "spo": 5}
+    return sorted(present, key=lambda name: rank.get(name, 4))
 
 
 def defence_name(defence: str) -> str:
@@ -130,4 +138,7 @@ def defence_name(defence: str) -> str:
 
 def condition_name(condition: str) -> str:
     """A condition in words."""
+    base, _, attack = condition.partition(" ")
+    if base in ("describe", "image") and attack:
+        return f"{attack.replace('-', ' ')} picture"
     return _CONDITION_NAMES.get(condition, condition)
