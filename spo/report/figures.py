@@ -213,7 +213,8 @@ def _toxicity(record: RunRecord, theme: Theme) -> Figure | None:
         range(len(conditions)),
         [plot_label(condition_name(c), 28) for c in conditions],
         color=theme.ink,
-        **({"rotation": 25, "ha": "right"} if len(conditions) > 3 else {}),
+        rotation=25 if len(conditions) > 3 else 0,
+        ha="right" if len(conditions) > 3 else "center",
     )
     panel.set_xlim(-0.5, len(conditions) - 0.5)
     panel.set_ylim(bottom=0)
