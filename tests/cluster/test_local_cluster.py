@@ -23,7 +23,7 @@ from spo.artifact import SteeringArtifact
 from spo.config import load_config
 from tests.fake_run import write_fake_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.unproven]
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 QUICK_S = 90.0

@@ -27,7 +27,7 @@ from spo.config import RunConfig
 from tests.fake_run import write_fake_run
 from tests.object_store import BUCKET, s3_server
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.unproven]
 ROOT = Path(__file__).parents[2]
 STEPS = 8
 TRAIN = (

@@ -14,7 +14,7 @@ from spo.config import ExtractConfig
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side
 from spo.stages.extract import ActivationExtractor
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.unproven]
 
 
 def rows(folder: Path) -> list[ContrastRow]:
