@@ -14,7 +14,7 @@ from spo.config import ExtractConfig
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side
 from spo.stages.extract import ActivationExtractor
 
-pytestmark = [pytest.mark.vllm, pytest.mark.unproven]
+pytestmark = pytest.mark.vllm
 
 
 def rows(folder: Path) -> list[ContrastRow]:
