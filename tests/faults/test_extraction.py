@@ -27,7 +27,7 @@ from spo.config import ExtractConfig
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side
 from spo.stages.extract import extract
 
-pytestmark = [pytest.mark.ray, pytest.mark.unproven]
+pytestmark = pytest.mark.ray
 ROWS = 96
 CONFIG = ExtractConfig(
     workers=2, rows_per_block=4, batch_size=4, dtype="float32", stall_timeout_s=240

@@ -224,12 +224,12 @@ def test_nothing_leaks_when_twenty_trials_are_killed(tmp_path: Path) -> None:
     def kill_trials() -> None:
         """Each process a while after it came, so that kills land in all parts of a trial."""
         seen: dict[int, float] = {}
-        while len(killed) < 20 and not over.wait(0.2):
+        while len(killed) < 20 and not over.wait(0.1):
             if not any((tmp_path / "sweep" / "trials").glob("*/result.json")):
                 continue
             for pid in trial_processes():
                 age = time.monotonic() - seen.setdefault(pid, time.monotonic())
-                if pid not in killed and age > (1.0, 2.0, 4.0)[len(killed) % 3]:
+                if pid not in killed and age > (0.3, 0.8, 2.0)[len(killed) % 3]:
                     os.kill(pid, signal.SIGKILL)
                     killed.append(pid)
                     break
