@@ -153,6 +153,7 @@ class VllmChatEngine(AsyncVllmEngine):
         return prompt
 
     async def _preprocessed(self, entry: dict[str, Any]) -> Any:
+        from vllm.exceptions import VLLMClientError
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
         renderer = self.llm.renderer
@@ -161,7 +162,7 @@ class VllmChatEngine(AsyncVllmEngine):
                 [parse_model_prompt(self.llm.model_config, entry)],
                 renderer.default_cmpl_tok_params,
             )
-        except (ValueError, TypeError) as error:
+        except (VLLMClientError, ValueError, TypeError) as error:
             raise DataError(f"vLLM refuses the conversation: {error}") from error
         return prompt
 

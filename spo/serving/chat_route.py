@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -29,6 +30,8 @@ from spo.serving.schema import (
 )
 from spo.serving.service import Admission, Asked, Service, within
 from spo.serving.watch import Meter, Outcome, log_outcome
+
+_LOG = logging.getLogger(__name__)
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {
@@ -125,8 +128,7 @@ class _Visit:
                 headers=self._headers(asked, answer),
             )
         except (Problem, SpoError, TimeoutError) as error:
-            found = as_problem(error)
-            self.end(found.status, found.code)
+            found = self._refused(error)
             raise found from error
         except BaseException:
             self.end(499, "cancelled")
@@ -170,8 +172,7 @@ class _Visit:
                     yield line({"content": event.text})
                     event = await anext(rest)
             except (SpoError, TimeoutError) as error:
-                found = as_problem(error)
-                self.end(found.status, found.code)
+                found = self._refused(error)
                 yield f"data: {json.dumps(found.body())}\n\n".encode()
                 return
             self._count(event)
@@ -180,6 +181,14 @@ class _Visit:
                 yield line({}, usage=usage(event), choices=[])
             yield b"data: [DONE]\n\n"
             self.end(200)
+
+    def _refused(self, error: Exception) -> Problem:
+        found = as_problem(error)
+        if found.status >= 500:
+            # The client is told what to do; the cause is for whoever runs the server.
+            _LOG.warning("%s: %s: %s", self.outcome.request_id, type(error).__name__, error)
+        self.end(found.status, found.code)
+        return found
 
     def _headers(self, asked: Asked, answer: ChatAnswer | None) -> dict[str, str]:
         headers = {"X-Request-Id": asked.request.request_id}

@@ -23,7 +23,7 @@ from spo.serving.bench_result import Result
 from spo.serving.bench_server import Server
 from spo.serving.load import Load
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.unproven]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 START_S = 300.0
 
 

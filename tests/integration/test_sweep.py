@@ -22,7 +22,7 @@ from spo.sweep.plan import SweepFolder
 from spo.sweep.settings import load_finished, load_sweep
 from tests.example_sweep import save_vector
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.unproven]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 SWEEP: dict[str, Any] = {
     "name": "sweep",
