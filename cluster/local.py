@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -90,12 +91,23 @@ class LocalCluster:
             for i, role in enumerate(workers):
                 label = [f"--labels=role={role}"] if role else []
                 size = [f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
-                self._node(state, f"worker-{i}", [*join, *size, *label], variables)
+                own = self._own_folder(state, f"worker-{i}")
+                self._node(state, f"worker-{i}", [*join, *size, *label, *own], variables)
             self._await_nodes(state)
         except BaseException:
             self.stop()
             raise
         return state
+
+    @staticmethod
+    def _own_folder(state: dict[str, Any], name: str) -> list[str]:
+        """Ray's folder of a worker: in a shared one, a node that unpacks a job's working_dir
+        clears it under the job that another node runs from it.
+        """
+        port = state["address"].rpartition(":")[2]
+        folder = Path(tempfile.gettempdir()) / f"ray-{port}-{name}"  # short: it holds sockets
+        shutil.rmtree(folder, ignore_errors=True)
+        return [f"--temp-dir={folder}"]
 
     def _node(
         self, state: dict[str, Any], name: str, arguments: list[str], variables: dict[str, str]

@@ -132,8 +132,9 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(user: User, tmp_path: 
 
     end = time.monotonic() + 300
     while len(steps()) < 2:
-        assert time.monotonic() < end, user.run(RAY, "job", "logs", "first").stdout[-3000:]
-        time.sleep(0.1)
+        over = "FAILED" in user.run(RAY, "job", "status", "first").stdout
+        if over or time.monotonic() > end:
+            pytest.fail(user.run(RAY, "job", "logs", "first").stdout[-3000:])
     stopped = user.run(RAY, "job", "stop", "first")
     assert "was stopped" in stopped.stdout + stopped.stderr
     assert not (config.run_dir / "spo").exists()
@@ -262,7 +263,7 @@ def test_a_node_without_the_plugin_is_refused(user: User, tmp_path: Path) -> Non
     cluster._node(
         state := cluster.state(),
         "bare",
-        [f"--address={state['address']}", "--num-cpus=1"],
+        [f"--address={state['address']}", "--num-cpus=1", *cluster._own_folder(state, "bare")],
         user.state["environment"] | {"PYTHONPATH": str(tmp_path)},
     )
     cluster._await_nodes(state)
