@@ -119,7 +119,7 @@ def fake_settings(folder: Path, name: str, *more: str) -> list[str]:
 
 
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(user: User, tmp_path: Path) -> None:
-    settings = fake_settings(tmp_path, "stopped", "learn.steps=12")
+    settings = fake_settings(tmp_path, "stopped", "learn.steps=8")
     config = load_config(None, settings)
     job = ("python", "-m", "jobs.train", *settings)
     options = ("--no-wait", "--submission-id", "first", "--metadata-json", '{"stage": "train"}')
@@ -145,8 +145,10 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(user: User, tmp_path: 
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     assert f"vector: {config.run_dir / 'spo'}" in again.stdout
     final = steps()
-    assert sorted(set(final)) == list(range(12))
-    assert len(final) <= 12 + 1  # the step in which it was stopped may be there twice
+    assert sorted(set(final)) == list(range(8))
+    # Twice: the step in which it was stopped, and those whose checkpoint Ray Train, which looks
+    # every two seconds, had not yet seen.
+    assert len(final) <= 8 + 3
     assert final[:done_before] == list(range(done_before))
     SteeringArtifact.load(config.run_dir / "spo", model_id="fake")
     listed = user.run(RAY, "job", "list").stdout

@@ -1,7 +1,7 @@
 """Whole jobs on a cluster of three nodes with S3 storage: nodes and drivers are lost on the way.
 
 Jobs run as processes of their own, as `ray job submit` runs them; the S3 server is moto's. Two
-runs of the same configuration, each hit by another fault, must end with the same vector.
+runs of the same configuration, each hit by another fault, must end with equal vectors.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from spo import storage
 from spo.artifact import SteeringArtifact
@@ -29,7 +31,7 @@ from tests.object_store import BUCKET, s3_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.unproven]
 ROOT = Path(__file__).parents[2]
-STEPS = 8
+STEPS = 12
 TRAIN = (
     "engine.backend=fake",
     "model.id=fake",
@@ -115,12 +117,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
     folder = tmp_path_factory.mktemp("site")
     cache = Path(os.environ.get("SPO_TEST_CACHE", "~/.cache/spo-vlm")).expanduser()
+    # The cache keeps a copy of a run by its URL: one of an earlier session must not be met.
+    output = f"s3://{BUCKET}/{uuid.uuid4().hex[:8]}"
     with s3_server(), pytest.MonkeyPatch.context() as patch:
         # Ray ends workers when the machine runs short of memory, whoever uses it.
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")
         storage._impatient_s3.cache_clear()
         cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 3}))
-        made = Site(cluster, cache, folder / "prompts.jsonl", f"s3://{BUCKET}/{folder.name}")
+        made = Site(cluster, cache, folder / "prompts.jsonl", output)
         made.add_worker()
         made.add_worker()
         ray.init(address=cluster.address, namespace="watcher", log_to_driver=False)
@@ -168,17 +172,18 @@ def test_training_survives_the_loss_of_a_node_and_of_a_driver(site: Site, tmp_pa
         name: site.job("train", f"name={name}", *TRAIN, log=logs[name])
         for name in ("killed", "bereft")
     }
-    wait_for(lambda: len(steps_done(killed)) >= 2, log=logs["killed"], job=jobs["killed"])
+    # From its first stage on, a job holds its run.
+    wait_for(lambda: bool(logs["killed"].read_text()), log=logs["killed"], job=jobs["killed"])
     twin = site.job("train", "name=killed", *TRAIN, log=logs["twin"])
-    assert twin.wait(timeout=240) == 1
-    assert "is working on s3://" in logs["twin"].read_text()
-
+    wait_for(lambda: len(steps_done(killed)) >= 2, log=logs["killed"], job=jobs["killed"])
     wait_for(lambda: len(steps_done(bereft)) >= 2, log=logs["bereft"], job=jobs["bereft"])
     site.cluster.remove_node(site.node_of("bereft", "-engine-"), allow_graceful=False)
     jobs["killed"].send_signal(signal.SIGKILL)
     jobs["killed"].wait(timeout=10)
     site.add_worker()
     again = site.job("train", "name=killed", *TRAIN, log=logs["again"])
+    assert twin.wait(timeout=240) == 1
+    assert "is working on s3://" in logs["twin"].read_text()
     finish(again, logs["again"])
     finish(jobs["bereft"], logs["bereft"])
 
@@ -189,7 +194,8 @@ def test_training_survives_the_loss_of_a_node_and_of_a_driver(site: Site, tmp_pa
         vectors.append(SteeringArtifact.load(fresh / "spo", model_id="fake").vector)
         history = (fresh / "history.jsonl").read_text().splitlines()
         assert sorted({json.loads(line)["step"] for line in history}) == list(range(STEPS))
-    assert vectors[0].sha256 == vectors[1].sha256
+    # Not to the bit: a scorer's last bits depend on what shares its batch.
+    torch.testing.assert_close(vectors[0].directions, vectors[1].directions, rtol=0, atol=1e-5)
     start = SteeringArtifact.load(killed.run_dir / "stage1", model_id="fake").vector
     assert vectors[0].sha256 != start.sha256
     system, path = storage.open_location(killed.storage)
