@@ -23,7 +23,7 @@ from spo.artifact import SteeringArtifact
 from spo.config import load_config
 from tests.fake_run import write_fake_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.unproven]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 QUICK_S = 90.0
@@ -225,51 +225,74 @@ def test_unreachable_storage_is_refused(user: User, tmp_path: Path) -> None:
     assert "storage s3://nowhere/runs/lost cannot be written" in quick_refusal(done, begin)
 
 
-def test_the_doctor_finds_what_is_planted(user: User, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    settings = [
-        f"output_dir={tmp_path / 'file' / 'runs'}",
-        f"cache_dir={tmp_path / 'cache'}",
-        "engine.backend=fake",
-        "engine.num_gpus=4",
-        f"model.id={tmp_path / 'no-model'}",
-        "data.train=gone.jsonl",
-    ]
-    out = tmp_path / "findings.json"
-    done = user.run(sys.executable, "-m", "jobs.doctor", "--json", str(out), *settings)
-    assert done.returncode == 1, done.stdout + done.stderr
-    bad = {
-        (f["check"], words)
-        for f in json.loads(out.read_text())
-        if f["state"] == "problem"
-        for words in ("cannot be written", "no-model", "gone.jsonl", "no room for train")
-        if words in f["found"]
-    }
-    assert bad == {
-        ("storage", "cannot be written"),
-        ("files", "no-model"),
-        ("files", "gone.jsonl"),
-        ("room", "no room for train"),
-    }
-    assert "mend: " in done.stdout
-
-
-def test_a_node_without_the_plugin_is_refused(user: User, tmp_path: Path) -> None:
-    """A distribution of the same name, without entry points, hides the real one on that node."""
-    shadow = tmp_path / "spo_vlm-0.1.0.dist-info"
-    shadow.mkdir()
-    (shadow / "METADATA").write_text("Metadata-Version: 2.1\nName: spo-vlm\nVersion: 0.1.0\n")
-    local = local_module()
+@pytest.fixture(scope="module")
+def bare_node(user: User, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One more node, of another image: distributions without the plugin and of another version
+    hide the real ones, and it claims a GPU that it has not.
+    """
+    shadow = tmp_path_factory.mktemp("shadow")
+    for name, version in (("spo-vlm", "0.1.0"), ("transformers", "0.0.1")):
+        folder = shadow / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
     token = Path(user.state["environment"]["RAY_AUTH_TOKEN_PATH"])
-    cluster = local.LocalCluster(token.parent)
+    cluster = local_module().LocalCluster(token.parent)
+    state = cluster.state()
+    join = [f"--address={state['address']}", "--num-cpus=1", "--num-gpus=1"]
     cluster._node(
-        state := cluster.state(),
+        state,
         "bare",
-        [f"--address={state['address']}", "--num-cpus=1", *cluster._own_folder(state, "bare")],
-        user.state["environment"] | {"PYTHONPATH": str(tmp_path)},
+        [*join, *cluster._own_folder(state, "bare")],
+        user.state["environment"] | {"PYTHONPATH": str(shadow)},
     )
     cluster._await_nodes(state)
+
+
+@pytest.mark.usefixtures("bare_node")
+def test_a_node_without_the_plugin_is_refused(user: User, tmp_path: Path) -> None:
     begin = time.monotonic()
     settings = [*fake_settings(tmp_path, "bare"), "engine.backend=vllm"]
     text = quick_refusal(user.run(sys.executable, "-m", "jobs.train", *settings), begin)
     assert "the steering plugin is not registered" in text
+
+
+@pytest.mark.usefixtures("bare_node")
+def test_the_doctor_finds_what_is_planted(user: User, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    source = f"{{kind: file, path: {tmp_path / 'no-source.jsonl'}, rows: 4}}"
+    settings = [
+        f"output_dir={tmp_path / 'file' / 'runs'}",
+        f"cache_dir={tmp_path / 'cache'}",
+        "engine.num_gpus=4",
+        "engine.labels={role: nobody}",
+        f"model.id={tmp_path / 'no-model'}",
+        f"reward.toxicity_model={tmp_path / 'no-reward.ckpt'}",
+        f"evaluate.judge={tmp_path / 'no-judge.ckpt'}",
+        f"extract.sources=[{source}]",
+        "data.train=no-train.jsonl",
+        "data.heldout=no-heldout.jsonl",
+    ]
+    planted = {
+        "storage": ("cannot be written",),
+        "files": ("no-model", "no-reward", "no-judge", "no-source", "no-train", "no-heldout"),
+        "room": ("no room for train",),
+        "versions": ("transformers is 0.0.1",),
+        "steering plugin": ("not registered",),
+        "GPUs": ("Ray was told of 1, the driver shows 0",),
+    }
+    out = tmp_path / "findings.json"
+    done = user.run(sys.executable, "-m", "jobs.doctor", "--json", str(out), *settings)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = [f for f in json.loads(out.read_text()) if f["state"] == "problem"]
+    assert all(f["mend"] for f in found)
+    missed = {
+        (check, words)
+        for check, all_words in planted.items()
+        for words in all_words
+        if not any(f["check"] == check and words in f["found"] for f in found)
+    }
+    assert missed == set()
+    assert {f["check"] for f in found} == set(planted)
+    assert "mend: " in done.stdout

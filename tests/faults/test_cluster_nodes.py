@@ -29,7 +29,7 @@ from spo.config import RunConfig
 from tests.fake_run import write_fake_run
 from tests.object_store import BUCKET, s3_server
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.unproven]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 TRAIN = (
