@@ -160,6 +160,8 @@ class EnginePool:
                 continue
             try:
                 member.health = ray.get(_ping(member.actor), timeout=self._config.probe_interval_s)
+                # Alive: from now on its silence means that it hangs, not that it starts.
+                member.suspect, member.asked = False, None
                 found[member.number] = member.health
             except (RayActorError, GetTimeoutError) as error:
                 found[member.number] = f"no sign of life: {error}"

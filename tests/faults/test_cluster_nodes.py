@@ -122,6 +122,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with s3_server(), pytest.MonkeyPatch.context() as patch:
         # Ray ends workers when the machine runs short of memory, whoever uses it.
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")
+        # A lost node is noticed after some ten seconds instead of half a minute.
+        patch.setenv("RAY_health_check_period_ms", "1000")
+        patch.setenv("RAY_health_check_timeout_ms", "3000")
         storage._impatient_s3.cache_clear()
         cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 3}))
         made = Site(cluster, cache, folder / "prompts.jsonl", output)

@@ -205,6 +205,7 @@ def trial_processes() -> list[int]:
     return sorted(int(actor["Pid"]) for actor in alive)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_nothing_leaks_when_twenty_trials_are_killed(tmp_path: Path) -> None:
     import ray
