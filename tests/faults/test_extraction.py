@@ -70,10 +70,9 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    spare = made.add_node(num_cpus=2)
+    made.add_node(num_cpus=2)
     ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
-    made.spare = spare
     yield made
     ray.shutdown()
     made.shutdown()
