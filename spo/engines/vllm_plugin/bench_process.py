@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ class EngineProcess:
                 stderr=file,
                 text=True,
                 env={**os.environ, **environment},
+                # A group of its own: vLLM's processes outlive one that is killed while it starts.
+                start_new_session=True,
             )
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -72,10 +76,11 @@ class EngineProcess:
         return answer
 
     def stop(self) -> None:
-        """End the process."""
+        """End the process and what it started."""
         if self._process.poll() is None:
             self._process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(20)

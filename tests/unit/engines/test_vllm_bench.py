@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from spo.engines.vllm_plugin import bench, bench_process
@@ -123,3 +125,22 @@ def test_shares_pair_runs_of_one_turn():
     ]
     assert result.shares() == {("m", 1, "kernel: add"): [0.9, 0.99]}
     assert "94.5% [90.0%, 99.0%] n=2" in result.table()
+
+
+def test_a_stopped_engine_leaves_no_process_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's workers are children of the engine's process, and a killed one does not end them."""
+    program = (
+        "import json, signal, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
+        "print('@' + json.dumps({'pid': child.pid}), flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    monkeypatch.setattr(bench_process, "COMMAND", (sys.executable, "-c", program))
+    engine = bench_process.EngineProcess({"shape": "s", "engine": "e"}, tmp_path / "log", {})
+    child = psutil.Process(engine.receive(60)["pid"])
+    assert child.is_running()
+    engine.stop()
+    psutil.wait_procs([child], timeout=20)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
