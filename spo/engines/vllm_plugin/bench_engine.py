@@ -47,7 +47,7 @@ class BenchEngine:
             slots=max(8, settings["pairs"] + 1),
             lanes=settings["lanes"],
             capture_rows=0,
-            body=None if settings["engine"] == "plain" else settings["engine"],
+            body="kernel" if settings["engine"] == "plain" else settings["engine"],
             max_model_len=2048,
             max_num_seqs=max(settings["batches"]),
             kv_cache_gib=settings["kv_cache_gib"],

@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-cache-gib", type=float)
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="RANKS")
-    parser.add_argument("--body", choices=BODIES, help="form of the operator; default: the faster")
+    parser.add_argument("--body", choices=BODIES, default="kernel", help="form of the operator")
     parser.add_argument("--no-parity", action="store_true", help="skip loading Transformers")
     chosen = parser.parse_args(arguments)
 

@@ -29,9 +29,8 @@ class VllmSettings:
     """Rules compiled in; `add` alone is the cheapest graph."""
     capture_rows: int | None = None
     """Sequences captured at once; None: 64 on a CPU, 0 (no capture in the graph) on a GPU."""
-    body: str | None = None
-    """Form of the operator: "kernel" (an idle step costs nothing) or "traced" (fused by Inductor);
-    None: the one that measured better on this platform."""
+    body: str = "kernel"
+    """Form of the operator: "kernel" (an idle step costs nothing) or "traced" (fused by Inductor)."""
     max_dose: float = 8.0
     """Largest dose relative to the hidden norm that a request may ask for."""
     max_model_len: int = 2048
@@ -60,7 +59,7 @@ def plugin_config(settings: VllmSettings) -> PluginConfig:
         lanes=settings.lanes,
         operators=settings.operators,
         capture_rows=rows,
-        body=settings.body or default_body(),
+        body=settings.body,
         version=op_version(),
     )
 
@@ -158,11 +157,6 @@ def _multiprocessing(enabled: bool) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def default_body() -> str:
-    """The form of the operator that measured better here."""
-    return "kernel" if on_cpu() else "traced"
 
 
 def on_cpu() -> bool:
