@@ -30,7 +30,7 @@ class VllmSettings:
     capture_rows: int | None = None
     """Sequences captured at once; None: 64 on a CPU, 0 (no capture in the graph) on a GPU."""
     body: str = "kernel"
-    """Form of the operator: "kernel" (an idle step costs nothing) or "traced" (fused by Inductor)."""
+    """Form of the operator: "kernel" (an idle step is free) or "traced" (fused by Inductor)."""
     max_dose: float = 8.0
     """Largest dose relative to the hidden norm that a request may ask for."""
     max_model_len: int = 2048
