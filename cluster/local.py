@@ -118,6 +118,8 @@ class LocalCluster:
         agent = [f"--dashboard-agent-listen-port={_any_port()}", "--disable-usage-stats"]
         # A driver gets 30 s for its last words on `ray job stop`, not Ray's three.
         own = {"RAY_JOB_STOP_WAIT_TIME_S": "30", "PYTHONUNBUFFERED": "1"}
+        # On a busy machine Ray's own 30 s are short.
+        own["RAY_raylet_start_wait_time_s"] = f"{_START_S:.0f}"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_")}
         environment.pop("RAY_ADDRESS", None)
         with (self._folder / f"{name}.log").open("wb") as log:
@@ -251,7 +253,8 @@ def main(arguments: list[str] | None = None) -> None:
     verbs.add_parser("status", help="say what runs")
     verbs.add_parser("stop", help="end it")
     chosen = parser.parse_args(arguments)
-    cluster = LocalCluster(chosen.state.expanduser())
+    folder = chosen.state.expanduser()
+    cluster = LocalCluster(folder)
     if chosen.verb == "start":
         state = cluster.start(
             workers=[None] * chosen.workers + chosen.role,
@@ -271,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     state = cluster.state()
     if not state or not cluster.processes():
-        raise SystemExit(f"no cluster of {chosen.state} is running; see `start`")
+        raise SystemExit(f"no cluster of {folder} is running; see `start`")
     if chosen.verb == "env":
         print("\n".join(environment_lines(state)))
     else:
