@@ -99,6 +99,20 @@ CATALOGUE = (
         licence="ask its authors; gated on the hub",
         source="hub data set ys-zong/VLGuard, with its pictures",
     ),
+    Benchmark(
+        name="MMBench (utility)",
+        format="mmbench",
+        files=("MMBench_DEV_EN.tsv", "MMBench_DEV_EN_V11.tsv", "mmbench_dev_20230712.tsv"),
+        licence="Apache-2.0",
+        source="GitHub open-compass/MMBench (its README links the TSV files, pictures inside)",
+    ),
+    Benchmark(
+        name="MM-Vet (utility)",
+        format="mmvet",
+        files=("mm-vet.json",),
+        licence="CC BY-NC 4.0",
+        source="GitHub yuweihao/MM-Vet, release mm-vet.zip (file and pictures)",
+    ),
 )
 
 

@@ -23,6 +23,8 @@ DatasetFormat = Literal[
     "mm_safetybench",
     "vlguard",
     "captions",
+    "mmbench",
+    "mmvet",
     "prompts",
     "table",
     "hub",

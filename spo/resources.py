@@ -143,12 +143,13 @@ def evaluation_inputs(config: RunConfig) -> EvaluationInputs:
         sets.append(_sampled("image", pictured, config.evaluate))
     if benign:
         sets.append(_greedy("benign", benign, config.evaluate.caption_tokens))
-    sets += _benchmark_sets(config)
+    benchmarks = _benchmark_sets(config)
+    sets += [part for part, _ in benchmarks]
     if not harm:
         raise DataError(f"{config.data.heldout} has no prompt of kind 'harm' to evaluate on")
     return EvaluationInputs(
         sets=tuple(sets),
-        checks={},
+        checks={part.condition: check for part, check in benchmarks if check},
         attack_start=start,
         attack_targets=targets,
         attack_prompts=tuple(_attack_prompts(config)) if start is not None else (),
@@ -173,6 +174,7 @@ def _testbed_inputs(config: RunConfig) -> EvaluationInputs:
     twins = data.benign_twins(count=settings.benign_prompts, seed=config.seed)
     texts, references = data.benign_texts(count=settings.benign_prompts, seed=config.seed)
     attacks = any(attack.kind == "pgd" for attack in settings.attacks)
+    benchmarks = _benchmark_sets(config)
     return EvaluationInputs(
         sets=(
             _sampled("plain", openings, settings),
@@ -185,9 +187,13 @@ def _testbed_inputs(config: RunConfig) -> EvaluationInputs:
                 _sampled("text", tuple(texts), settings),
                 references=_tokens(references, resolve_model(config.model, config.cache)),
             ),
-            *_benchmark_sets(config),
+            *(part for part, _ in benchmarks),
         ),
-        checks={"caption": data.check_caption, "question": data.check_question},
+        checks={
+            "caption": data.check_caption,
+            "question": data.check_question,
+            **{part.condition: check for part, check in benchmarks if check},
+        },
         attack_start=picture if attacks else None,
         attack_targets=tuple(data.attack_targets(16, config.seed)) if attacks else (),
         attack_prompts=tuple(data.picture_requests("train", image=picture)),
@@ -206,18 +212,26 @@ def _tokens(texts: Mapping[str, str], model: ResolvedModel) -> dict[str, tuple[i
     }
 
 
-def _benchmark_sets(config: RunConfig) -> list[PromptSet]:
-    """One condition for each configured benchmark and kind of prompt."""
-    from spo.datasets import load_prompts
+def _benchmark_sets(config: RunConfig) -> list[tuple[PromptSet, _CHECK | None]]:
+    """One condition for each benchmark and kind of prompt; questions come with their check."""
+    from spo.datasets import CHECKS, load_prompts
 
-    sets = []
-    for benchmark in config.evaluate.benchmarks:
+    settings = config.evaluate
+    sets: list[tuple[PromptSet, _CHECK | None]] = []
+    for benchmark in settings.benchmarks:
         prompts = load_prompts(benchmark, cache=config.cache, seed=config.seed, split=Split.HELDOUT)
+        check = CHECKS.get(benchmark.format)
         for kind in PromptKind:
             part = tuple(prompt for prompt in prompts if prompt.kind is kind)
-            if part:
-                name = f"{benchmark.format} {Path(benchmark.path).stem} {kind.value}"
-                sets.append(replace(_sampled(name, part, config.evaluate), alignment=False))
+            if not part:
+                continue
+            name = f"{benchmark.format} {Path(benchmark.path).stem} {kind.value}"
+            made = (
+                _greedy(name, part, settings.caption_tokens)
+                if check
+                else _sampled(name, part, settings)
+            )
+            sets.append((replace(made, alignment=False), check))
     return sets
 
 

@@ -4,6 +4,7 @@
 `spo.records.Prompt` rows, for Stage I sources and for evaluations alike.
 """
 
+from spo.datasets.answers import CHECKS
 from spo.datasets.load import load_prompts
 
-__all__ = ["load_prompts"]
+__all__ = ["CHECKS", "load_prompts"]

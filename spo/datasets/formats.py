@@ -2,15 +2,17 @@
 
 Sources of the formats: RealToxicityPrompts (arXiv 2009.11462), AdvBench (2307.15043), HarmBench
 (2402.04249), JailbreakBench (2404.01318), JailBreakV-28K (2404.03027), StrongREJECT (2402.10260),
-XSTest (2308.01263), FigStep (2311.05608), MM-SafetyBench (2311.17600), VLGuard (2402.02207).
+XSTest (2308.01263), FigStep (2311.05608), MM-SafetyBench (2311.17600), VLGuard (2402.02207),
+MMBench (2307.06281), MM-Vet (2308.02490).
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from spo.config_datasets import VARIANTS, DatasetConfig
 from spo.datasets.rows import Row
@@ -22,6 +24,8 @@ FIGSTEP_REQUEST = (
 )
 """The fixed text that FigStep puts beside its pictures."""
 CAPTION_REQUEST = "Describe the image."
+CHOICE_REQUEST = "Answer with the letter of the right option."
+_CIRCULAR = 1_000_000
 TOXIC = 0.5
 """Perspective score from which RealToxicityPrompts calls a text toxic."""
 
@@ -194,6 +198,62 @@ def _captions(row: Row, config: DatasetConfig) -> Iterator[Found]:
     )
 
 
+def _mmbench(row: Row, config: DatasetConfig) -> Iterator[Found]:
+    index = row.text("index")
+    if not index.isdigit():
+        raise row.bad(f"column 'index' must be a number, got {index!r}")
+    if int(index) >= _CIRCULAR:
+        return  # the same question with its options turned round, for MMBench's circular score
+    options = {letter: row.optional(letter) for letter in "ABCDEFGH"}
+    held = {letter: words.strip() for letter, words in options.items() if _filled(words)}
+    answer = row.optional("answer")
+    if len(held) < 2:
+        raise row.bad(f"expected at least the options A and B, got {sorted(held)}")
+    if answer not in held:
+        raise row.bad(
+            f"column 'answer' must be one of {sorted(held)}, got {answer!r}; answers of the test "
+            "split are not public, use the dev split"
+        )
+    hint = row.optional("hint")
+    listed = "\n".join(f"{letter}. {words}" for letter, words in held.items())
+    text = f"{row.text('question')}\nOptions:\n{listed}\n{CHOICE_REQUEST}"
+    yield Found(
+        text=f"{hint}\n{text}" if _filled(hint) else text,
+        kind=PromptKind.BENIGN,
+        row_id=index,
+        picture=_decoded(row, "image"),
+        category=row.optional("category") or "",
+        reference=answer,
+    )
+
+
+def _filled(words: str | None) -> TypeGuard[str]:
+    """Empty cells of a table that pandas wrote read "nan"."""
+    return words is not None and words.strip().lower() not in ("", "nan")
+
+
+def _decoded(row: Row, name: str) -> bytes:
+    text = row.text(name)
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise row.bad(f"column {name!r} must hold a picture in base64: {error}") from error
+
+
+def _mmvet(row: Row, config: DatasetConfig) -> Iterator[Found]:
+    skills = row.fields.get("capability") or []
+    if not isinstance(skills, list):
+        raise row.bad(f"field 'capability' must be a list, got {skills!r}")
+    yield Found(
+        text=row.text("question"),
+        kind=PromptKind.BENIGN,
+        row_id=row.optional("_key"),
+        picture=row.text("imagename"),
+        category="+".join(map(str, skills)),
+        reference=row.text("answer"),
+    )
+
+
 def _mapped(row: Row, config: DatasetConfig) -> Iterator[Found]:
     names = {field: config.columns.get(field, field) for field in ("text", "image", "category")}
     label = config.columns.get("label")
@@ -233,6 +293,8 @@ READERS: Mapping[str, Reader] = {
     "mm_safetybench": _mm_safetybench,
     "vlguard": _vlguard,
     "captions": _captions,
+    "mmbench": _mmbench,
+    "mmvet": _mmvet,
     "table": _mapped,
     "hub": _mapped,
 }

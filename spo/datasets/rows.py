@@ -12,6 +12,8 @@ from typing import Any
 from spo.errors import DataError
 
 _READABLE = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
+_LARGEST_CELL = 64 << 20
+"""Characters; MMBench keeps pictures in its cells."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -129,6 +131,7 @@ def hub_rows(
 
 
 def _csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(_LARGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         file.seek(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from spo.config import DatasetConfig
-from spo.datasets import load_prompts
+from spo.datasets import CHECKS, load_prompts
 from spo.errors import DataError
 from spo.records import Prompt, PromptFormat, PromptKind, Split
 
@@ -220,6 +221,91 @@ def test_mm_safetybench_both_layouts(tmp_path: Path) -> None:
     del item["Rephrased Question(SD)"]
     with pytest.raises(DataError, match=r"subset\.json\[06-Fraud#7\]: expected a column"):
         load(written(subset, {"06-Fraud#7": item}), format="mm_safetybench", variant="SD")
+
+
+def table(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_mmbench(tmp_path: Path) -> None:
+    encoded = base64.b64encode(picture(tmp_path / "p.png").read_bytes()).decode()
+    row = {
+        **{"index": "241", "question": "Which?", "hint": "Look.", "A": "a cat", "B": "two dogs"},
+        **{"C": "nan", "D": "", "answer": "B", "category": "count", "image": encoded},
+    }
+    turned = {**row, "index": "1000241", "image": "241"}
+    (prompt,) = load(table(tmp_path / "m.tsv", [row, turned]), format="mmbench")
+    assert prompt.text == (
+        "Look.\nWhich?\nOptions:\nA. a cat\nB. two dogs\n"
+        "Answer with the letter of the right option."
+    )
+    assert (prompt.reference, prompt.category, prompt.kind) == ("B", "count", PromptKind.BENIGN)
+    assert prompt.image is not None
+    assert Path(prompt.image).read_bytes() == (tmp_path / "p.png").read_bytes()
+    for change, message in (
+        ({"answer": "C"}, "must be one of"),
+        ({"B": ""}, "at least the options A and B"),
+        ({"image": "no picture!"}, "in base64"),
+        ({"index": "x"}, "must be a number"),
+    ):
+        with pytest.raises(DataError, match=rf"m\.tsv:3: .*{message}"):
+            load(
+                table(tmp_path / "m.tsv", [row, {**row, "index": "7", **change}]), format="mmbench"
+            )
+
+
+def test_mmvet(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "v1_0.png")
+    row = {"imagename": "v1_0.png", "question": "x?", "answer": "-1<AND>-5", "capability": ["ocr"]}
+    (prompt,) = load(written(tmp_path / "mm-vet.json", {"v1_0": row}), format="mmvet")
+    assert (prompt.reference, prompt.category) == ("-1<AND>-5", "ocr")
+    with pytest.raises(DataError, match=r"\[v1_0\]: .*'capability' must be a list"):
+        load(written(tmp_path / "mm-vet.json", {"v1_0": {**row, "capability": 1}}), format="mmvet")
+
+
+@pytest.mark.parametrize(
+    ("answer", "correct", "answered"),
+    [
+        ("B", 1, 1),
+        ("(b) two dogs", 1, 1),
+        ("The answer is B.", 1, 1),
+        ("I see two dogs here", 1, 1),
+        ("A", 0, 1),
+        ("A dog and another", 0, 0),
+        ("a cat and two dogs", 0, 0),
+        ("Both of them", 0, 0),
+        ("The answer is a mouse", 0, 0),
+        ("E", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_choices_are_checked(answer: str, correct: int, answered: int) -> None:
+    prompt = Prompt(
+        prompt_id="p",
+        text="Which?\nOptions:\nA. a cat\nB. two dogs",
+        kind=PromptKind.BENIGN,
+        reference="B",
+    )
+    assert CHECKS["mmbench"](prompt, answer) == {"correct": correct, "answered": answered}
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "contained"),
+    [
+        ("x=-1<AND>x=-5", "The roots are x = -1 and x=-5.", 1),
+        ("x=-1<AND>x=-5", "x=-1", 0),
+        ("a cat<OR>a kitten", "It is A KITTEN!", 1),
+        ("cat", "concatenate", 0),
+        ("14", "", 0),
+    ],
+)
+def test_references_are_looked_for(reference: str, answer: str, contained: int) -> None:
+    prompt = Prompt(prompt_id="p", text="q", kind=PromptKind.BENIGN, reference=reference)
+    assert CHECKS["mmvet"](prompt, answer) == {"contained": contained}
 
 
 def test_vlguard(tmp_path: Path) -> None:
