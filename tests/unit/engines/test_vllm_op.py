@@ -27,6 +27,8 @@ KERNEL = "spo.engines.vllm_plugin.kernel"
 @pytest.fixture(autouse=True)
 def on(monkeypatch):
     monkeypatch.setattr(op.SWITCH, "on", True)
+    # An engine that ran in this process leaves its last step's choice of tokens.
+    monkeypatch.setattr(op.SWITCH, "selection", None)
 
 
 @pytest.fixture
