@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -261,8 +260,6 @@ class VllmEngine:
         def probe(spec: SteeringSpec | None) -> canary.Logprobs:
             with self.session.bound([(spec,) if spec else ()]) as (binding,):
                 job = canary_job(self.session.builder, binding)
-                entry = self.session.llm._preprocess_cmpl_one(job.engine_input)
-                job = replace(job, engine_input=entry)
                 outputs = self.session.run([job])
                 self.session.receipts([binding], [job], outputs)
             return canary_logprobs(outputs[0])

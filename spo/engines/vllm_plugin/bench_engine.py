@@ -135,9 +135,7 @@ class BenchEngine:
                     max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=0, detokenize=False
                 )
                 params.allowed_token_ids = [token]
-                job = session.builder.ask_tokens(binding, range(40, 60), params)
-                entry = self.llm._preprocess_cmpl_one(job.engine_input)
-                jobs.append(replace(job, engine_input=entry))
+                jobs.append(session.builder.ask_tokens(binding, range(40, 60), params))
             outputs = session.run(jobs)
             session.receipts(bindings, jobs, outputs)
         return [[step[token].logprob for step in output.outputs[0].logprobs] for output in outputs]

@@ -117,10 +117,11 @@ def start_async_llm(
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    # With the cache of rendered pictures on, requests must reach the core in the order in which
+    # they were rendered (`VllmSession._enter`); tasks of an event loop cannot promise that.
+    options = {"mm_processor_cache_gb": 0, **engine_arguments(settings, config)}
     with _start_errors(model), _multiprocessing(True):
-        arguments = AsyncEngineArgs(
-            model=model, revision=revision, **engine_arguments(settings, config)
-        )
+        arguments = AsyncEngineArgs(model=model, revision=revision, **options)
         return AsyncLLM.from_engine_args(arguments)
 
 

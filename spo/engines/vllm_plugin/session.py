@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from spo.engines.processing import PromptProcessor, check_same_tokens, load_image
@@ -31,7 +31,10 @@ class Job:
     """Expected prompt tokens, image placeholders expanded, given answer tokens included."""
     prompt_length: int
     engine_input: Any
+    """Prompt dictionary, not yet rendered."""
     params: Any
+    prompt: Prompt | None = None
+    """None where the prompt is tokens only."""
 
 
 def sampling_params(sampling: Sampling, **options: Any) -> Any:
@@ -64,7 +67,7 @@ class RequestBuilder:
         self._prompt_tokens: dict[Prompt, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
     def ask(self, binding: Binding, prompt: Prompt, answer: Sequence[int], params: Any) -> Job:
-        """A job whose `engine_input` is still a prompt dictionary.
+        """A job for a prompt, with the answer's tokens so far.
 
         Raises:
             DataError: the sequence is too long, or the prompt or its picture cannot be used.
@@ -91,6 +94,7 @@ class RequestBuilder:
             prompt_length=len(expanded),
             engine_input=entry,
             params=params,
+            prompt=prompt,
         )
 
     def ask_tokens(self, binding: Binding, tokens: Sequence[int], params: Any) -> Job:
@@ -160,11 +164,8 @@ class VllmSession:
             self.desk.release(bindings)
 
     def job(self, binding: Binding, prompt: Prompt, answer: Sequence[int], params: Any) -> Job:
-        """Everything that can be wrong with a request is found here, before it enters vLLM."""
-        asked = self.builder.ask(binding, prompt, answer, params)
-        engine_input = self.llm._preprocess_cmpl_one(asked.engine_input)
-        check_same_tokens(prompt, asked.tokens, engine_input["prompt_token_ids"])
-        return replace(asked, engine_input=engine_input)
+        """See `RequestBuilder.ask`."""
+        return self.builder.ask(binding, prompt, answer, params)
 
     def run(self, jobs: Sequence[Job]) -> list[Any]:
         """vLLM's outputs of the jobs, in order; other threads' jobs advance in the same steps."""
@@ -185,8 +186,7 @@ class VllmSession:
         waiting = {job.key for job in jobs}
         try:
             with self._turns:
-                for job in jobs:
-                    self.engine.add_request(job.key, job.engine_input, job.params)
+                self._enter(jobs)
             while waiting:
                 with self._turns:
                     if not any(key in self._arrived for key in waiting):
@@ -201,6 +201,24 @@ class VllmSession:
                 raise EngineError(
                     f"vLLM's engine died ({error}); its log has the cause. Start a new engine"
                 ) from error
+            raise
+
+    def _enter(self, jobs: Sequence[Job]) -> None:
+        """Render the jobs and hand them over, in one turn: nothing enters unless all are right.
+
+        vLLM keeps rendered pictures on both sides and sends one only the first time it renders it.
+        Were two threads' requests with one picture handed over in another order than rendered, or
+        one of them dropped in between, its core would miss the picture.
+        """
+        try:
+            rendered = [self.llm._preprocess_cmpl_one(job.engine_input) for job in jobs]
+            for job, engine_input in zip(jobs, rendered, strict=True):
+                if job.prompt is not None:
+                    check_same_tokens(job.prompt, job.tokens, engine_input["prompt_token_ids"])
+            for job, engine_input in zip(jobs, rendered, strict=True):
+                self.engine.add_request(job.key, engine_input, job.params)
+        except BaseException:
+            self.engine.reset_mm_cache()
             raise
 
     def _abort(self, keys: set[str]) -> None:
