@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from spo.errors import SteeringError
+from spo.engines.vllm_plugin import session
+from spo.errors import EngineError, SteeringError
 from spo.records import GenerateRequest, Operator, Positions, Sampling, SteeringSpec
 from tests.parity.conftest import make_prompt, make_vector
 
@@ -63,6 +67,46 @@ def test_a_request_ends_with_the_version_it_began_with(vllm):
     assert (newer.receipt.version, newer.receipt.sha256) == (2, sha)
     rollout = same_answer(pieces, stream, whole)
     assert (rollout.receipt.version, rollout.receipt.sha256) == (1, whole.receipt.sha256)
+
+
+def test_threads_may_show_the_same_new_picture(vllm, tmp_path):
+    """vLLM sends a rendered picture to its core once; whoever comes second counts on that."""
+    failures = []
+
+    def answer(number, together):
+        path = str(tmp_path / f"{number}.png")
+        prompt = make_prompt("look at it", path)
+        request = replace(ask(tokens=2), prompt=prompt)
+        together.wait(60)
+        try:
+            assert len(vllm.generate([request])[0].token_ids) == 2
+        except BaseException as error:  # noqa: BLE001 shown by the test itself
+            failures.append(error)
+
+    for number in range(8):
+        Image.effect_noise((48, 48), 10 + number).convert("RGB").save(tmp_path / f"{number}.png")
+        together = threading.Barrier(6)
+        threads = [threading.Thread(target=answer, args=(number, together)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    assert failures == []
+
+
+def test_a_refused_batch_leaves_its_pictures_usable(vllm, tmp_path, monkeypatch):
+    path = str(tmp_path / "refused.png")
+    Image.effect_noise((48, 48), 40).convert("RGB").save(path)
+    request = replace(ask(tokens=2), prompt=make_prompt("look at it", path))
+
+    def refuse(*_):
+        raise EngineError("refused after it was rendered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "check_same_tokens", refuse)
+        with pytest.raises(EngineError, match="refused after"):
+            vllm.generate([request])
+    assert len(vllm.generate([request])[0].token_ids) == 2
 
 
 def test_slots_in_use_are_never_given_away_and_running_out_is_an_error(vllm):
