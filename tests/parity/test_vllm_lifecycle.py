@@ -73,20 +73,24 @@ def test_threads_may_show_the_same_new_picture(vllm, tmp_path):
     """vLLM sends a rendered picture to its core once; whoever comes second counts on that."""
     failures = []
 
-    def answer(number, together):
+    def answer(number, together, more):
         path = str(tmp_path / f"{number}.png")
         prompt = make_prompt("look at it", path)
         request = replace(ask(tokens=2), prompt=prompt)
+        # Between the picture and the end of a longer batch another thread's may come.
+        batch = [request, *(ask(f"{number} and {i}", tokens=2) for i in range(more))]
         together.wait(60)
         try:
-            assert len(vllm.generate([request])[0].token_ids) == 2
+            assert len(vllm.generate(batch)[0].token_ids) == 2
         except BaseException as error:  # noqa: BLE001 shown by the test itself
             failures.append(error)
 
     for number in range(8):
         Image.effect_noise((48, 48), 10 + number).convert("RGB").save(tmp_path / f"{number}.png")
         together = threading.Barrier(6)
-        threads = [threading.Thread(target=answer, args=(number, together)) for _ in range(6)]
+        threads = [
+            threading.Thread(target=answer, args=(number, together, 8 * i)) for i in range(6)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
