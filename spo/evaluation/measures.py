@@ -240,14 +240,7 @@ def _reference_nlls(engine: Sampler, rows: Rows, kept_out: Quarantine) -> list[f
         )
         for i in read
     ]
-    found = engine.logprobs(requests) if requests else []
-    means = kept_out.usable_scores(
-        "the defended model's NLL",
-        [-math.fsum(values) / len(values) for values in found],
-        [request.request_id for request in requests],
-        low=0.0,
-        high=math.inf,
-    )
+    means = _mean_nlls(engine, requests, "the defended model's NLL", kept_out)
     nlls: list[float | None] = [None] * len(rows.rollouts)
     for i, mean in zip(read, means, strict=True):
         nlls[i] = mean
@@ -303,20 +296,27 @@ def _nlls(engine: Sampler, rollouts: Sequence[Rollout], kept_out: Quarantine) ->
         )
         for i in spoken
     ]
+    means = _mean_nlls(engine, requests, "the unsteered model's NLL", kept_out)
+    nlls: list[float | None] = [None] * len(rollouts)
+    for i, mean in zip(spoken, means, strict=True):
+        nlls[i] = mean
+    return nlls
+
+
+def _mean_nlls(
+    engine: Sampler, requests: Sequence[LogprobRequest], what: str, kept_out: Quarantine
+) -> list[float | None]:
+    """Mean negative log-likelihood per token of each request's tokens."""
     found = engine.logprobs(requests) if requests else []
     if [len(values) for values in found] != [len(request.token_ids) for request in requests]:
         raise EngineError("the engine did not return one log-probability for each answer token")
-    means = kept_out.usable_scores(
-        "the unsteered model's NLL",
+    return kept_out.usable_scores(
+        what,
         [-math.fsum(values) / len(values) for values in found],
         [request.request_id for request in requests],
         low=0.0,
         high=math.inf,
     )
-    nlls: list[float | None] = [None] * len(rollouts)
-    for i, mean in zip(spoken, means, strict=True):
-        nlls[i] = mean
-    return nlls
 
 
 def _alignments(
