@@ -1,4 +1,4 @@
-"""Extraction on a real two-node cluster: kill driver and worker; every id is there once.
+"""Extraction on a real two-node cluster: kill driver, worker, node; every id is there once.
 
 One cluster for all tests; the driver that dies is a process of its own on the same cluster.
 """
@@ -70,9 +70,10 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    made.add_node(num_cpus=2)
+    spare = made.add_node(num_cpus=2)
     ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
+    made.spare = spare
     yield made
     ray.shutdown()
     made.shutdown()
@@ -166,4 +167,12 @@ def test_a_killed_worker_is_replaced(cluster: Any, tiny_llava: Path, tmp_path: P
         assert killed
 
     during_extraction(tmp_path / "a", kill_worker, tiny_llava)
+    check_complete(tmp_path / "a")
+
+
+@pytest.mark.long
+def test_a_lost_node_is_survived(cluster: Any, tiny_llava: Path, tmp_path: Path) -> None:
+    during_extraction(
+        tmp_path / "a", lambda: cluster.remove_node(cluster.spare, allow_graceful=False), tiny_llava
+    )
     check_complete(tmp_path / "a")
