@@ -95,8 +95,7 @@ class LocalCluster:
             for i, role in enumerate(workers):
                 label = [f"--labels=role={role}"] if role else []
                 size = [f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
-                own = self._own_folder(state, f"worker-{i}")
-                self._node(state, f"worker-{i}", [*join, *size, *label, *own], variables)
+                self._node(state, f"worker-{i}", [*join, *size, *label], variables)
             self._await_nodes(state)
         except BaseException:
             self.stop()
@@ -120,13 +119,14 @@ class LocalCluster:
         ray = Path(sys.executable).with_name("ray")
         # Nodes of one machine would share the agent's default port.
         agent = [f"--dashboard-agent-listen-port={_any_port()}", "--disable-usage-stats"]
+        folder = [] if name == "head" else self._own_folder(state, name)
         # A driver gets 30 s for its last words on `ray job stop`, not Ray's three.
         own = {"RAY_JOB_STOP_WAIT_TIME_S": "30", "PYTHONUNBUFFERED": "1"}
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_")}
         environment.pop("RAY_ADDRESS", None)
         with (self._folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                [str(ray), "start", "--block", *arguments, *agent],
+                [str(ray), "start", "--block", *arguments, *agent, *folder],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -244,7 +244,7 @@ def bare_node(user: User, tmp_path_factory: pytest.TempPathFactory) -> None:
     cluster._node(
         state,
         "bare",
-        [*join, *cluster._own_folder(state, "bare")],
+        join,
         user.state["environment"] | {"PYTHONPATH": str(shadow)},
     )
     cluster._await_nodes(state)
