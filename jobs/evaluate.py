@@ -24,7 +24,7 @@ def _run(_: argparse.Namespace, config: RunConfig) -> None:
 
     prepare(config)
     reporter = ConsoleReporter()
-    with command.cluster(config, ("evaluate",)), Pools(config, reporter) as pools:
+    with command.cluster(config, ("evaluate",)), Pools(config, reporter, scoring=False) as pools:
         run_evaluate(config, reporter, pools)
     print(f"report: {write_report(config.run_dir)}")
 

@@ -1,6 +1,6 @@
 """Stage II: refine the Stage I vector by sequence-level preference optimisation.
 
-The same command continues an interrupted run at its last checkpoint.
+The same command continues an interrupted run at its last checkpoint, and leaves a finished one.
 
     python -m jobs.train --config tune_configs/testbed.yaml learn.objective=dpo
 """
@@ -16,12 +16,15 @@ from spo.config import RunConfig
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
     from spo.pipeline import prepare
     from spo.progress import ConsoleReporter
-    from spo.refine import SPO, Pools, run_train
+    from spo.refine import SPO, Pools, run_train, trained
 
     prepare(config)
     reporter = ConsoleReporter()
-    with command.cluster(config, ("train",)), Pools(config, reporter) as pools:
-        run_train(config, reporter, pools)
+    if trained(config) is None:
+        with command.cluster(config, ("train",)), Pools(config, reporter) as pools:
+            run_train(config, reporter, pools)
+    else:
+        reporter.stage("Finished before: nothing to do")
     print(f"vector: {config.run_dir / SPO}")
 
 

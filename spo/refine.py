@@ -6,9 +6,12 @@ that tests run on fakes in milliseconds.
 
 from __future__ import annotations
 
+import json
 import math
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +22,10 @@ from spo.algorithms.objectives import is_informative
 from spo.artifact import SteeringArtifact, write_atomic
 from spo.config import RunConfig
 from spo.engines.base import Sampler
-from spo.errors import DataError
+from spo.errors import ArtifactError, DataError
 from spo.progress import Reporter, following
 from spo.provenance import keep_quarantined
-from spo.records import Batch, Prompt
+from spo.records import Batch, Prompt, QuarantinedRow
 from spo.resources import (
     ResolvedModel,
     alignment_arguments,
@@ -43,6 +46,7 @@ from spo.stages.score import RewardPool
 from spo.vector import SteeringVector
 
 SPO = "spo"
+_TRAINED = "trained.json"
 
 
 class Learner(Protocol):
@@ -81,56 +85,107 @@ def train(
 
 
 class Pools:
-    """Engines and reward models of one run, started once and shared by training and evaluation."""
+    """Engines and reward models of one run, started once and shared by training and evaluation.
 
-    def __init__(self, config: RunConfig, reporter: Reporter) -> None:
+    Args:
+        config: the run.
+        reporter: told what is started.
+        scoring: False leaves the reward models out, which only training asks.
+    """
+
+    def __init__(self, config: RunConfig, reporter: Reporter, *, scoring: bool = True) -> None:
         self._config = config
         self._reporter = reporter
+        self._scoring = scoring
         self.prefix = f"{config.name}-{uuid.uuid4().hex[:8]}"
         self.model: ResolvedModel = resolve_model(config.model, config.cache)
 
     def __enter__(self) -> Pools:
         config = self._config
         self._reporter.stage(
-            f"Start {config.engine.replicas} {config.engine.backend} engine(s) and reward models"
+            f"Start {config.engine.replicas} {config.engine.backend} engine(s)"
+            + " and reward models" * self._scoring
         )
-        self.rollouts = EnginePool.start(
-            self.model.path,
-            self.model.revision,
-            config.engine,
-            prefix=self.prefix,
-            seed=config.seed,
-        )
-        try:
-            self.rewards = RewardPool.start(
-                toxicity_arguments(config.reward, config.cache),
-                alignment_arguments(config.reward, config.cache),
-                config.reward,
+        with ExitStack() as undo:
+            if self._scoring:  # they load while the engines do
+                self.rewards = RewardPool.start(
+                    toxicity_arguments(config.reward, config.cache),
+                    alignment_arguments(config.reward, config.cache),
+                    config.reward,
+                    prefix=self.prefix,
+                )
+                undo.callback(self.rewards.close)
+            self.rollouts = EnginePool.start(
+                self.model.path,
+                self.model.revision,
+                config.engine,
                 prefix=self.prefix,
+                seed=config.seed,
             )
-        except BaseException:
-            self.rollouts.close()
-            raise
+            undo.callback(self.rollouts.close)
+            if self._scoring:
+                self.rewards.wait_ready()
+            self._close = undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.rewards.close()
-        self.rollouts.close()
+        self._close.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What Stage II of a run has to do."""
+
+    start: SteeringArtifact
+    prompts: list[Prompt]
+    unusable: Sequence[QuarantinedRow]
+    digest: str
+    """Names everything that the trained vector depends on."""
+
+    @classmethod
+    def of(cls, config: RunConfig, start: SteeringArtifact) -> Task:
+        prompts, unusable = training_prompts(config.data, config.cache, config.seed)
+        digest = config.digest_of(
+            *("seed", "data", "steering", "rollout", "reward", "learn"),
+            also=start.vector.sha256 + repr(prompts),
+        )
+        return cls(start=start, prompts=prompts, unusable=unusable, digest=digest)
+
+    def finished(self, config: RunConfig) -> SteeringArtifact | None:
+        """The artifact of this very task, when the run folder has it."""
+        try:
+            note = json.loads((config.run_dir / _TRAINED).read_text())
+            found = SteeringArtifact.load(config.run_dir / SPO, model_id=self.start.vector.model_id)
+        except (OSError, ValueError, ArtifactError):
+            return None
+        done = {"digest": self.digest, "sha256": found.vector.sha256}
+        return found if note == done else None
+
+
+def trained(config: RunConfig) -> SteeringArtifact | None:
+    """The artifact of a run whose Stage II is finished; asks no engine."""
+    folder = config.run_dir / STAGE1
+    if not folder.is_dir():
+        return None
+    return Task.of(config, SteeringArtifact.load(folder, model_id=None)).finished(config)
 
 
 def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringArtifact:
-    """Stage II: refine the Stage I vector; continues an interrupted run of the same name."""
-    start = load_artifact(config, STAGE1, pools)
-    prompts, bad = training_prompts(config.data, config.cache, config.seed)
-    keep_quarantined(config, "training prompts", bad)
+    """Stage II: refine the Stage I vector.
+
+    Continues an interrupted run of the same name; a finished one is returned as it is.
+    """
+    task = Task.of(config, load_artifact(config, STAGE1, pools))
+    start, digest = task.start, task.digest
+    keep_quarantined(config, "training prompts", task.unusable)
+    done = task.finished(config)
+    if done is not None:
+        reporter.stage(f"Refine by {config.learn.objective}: finished before")
+        return done
     reporter.stage(
         f"Refine by {config.learn.objective}: {config.learn.steps} steps of "
         f"{config.rollout.harm_prompts}+{config.rollout.benign_prompts} prompts x "
         f"{config.rollout.group_size} answers"
-    )
-    digest = config.digest_of(
-        *("seed", "data", "steering", "rollout", "reward", "learn"),
-        also=start.vector.sha256 + repr(prompts),
     )
     history = config.run_dir / f"history-{digest}.jsonl"
     history.touch()
@@ -139,7 +194,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
         .options(name=f"{pools.prefix}-coordinator", num_cpus=0, max_restarts=3)
         .remote(
             _connected_coordinator,
-            {"prompts": prompts, "config": config, "prefix": pools.prefix, "history": history},
+            {"prompts": task.prompts, "config": config, "prefix": pools.prefix, "history": history},
         )
     )
     settings = TrainLoopSettings(
@@ -177,6 +232,8 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     method = f"{config.learn.objective} from {config.estimate.method}"
     artifact = build_artifact(config, vector, method, start.data_sha256, parent=start.vector.sha256)
     artifact.save(config.run_dir / SPO)
+    note = {"digest": digest, "sha256": artifact.vector.sha256}
+    write_atomic(config.run_dir / _TRAINED, json.dumps(note).encode())
     return artifact
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import DynamicCache
 
 from spo.engines.hf import HfEngine
 from spo.engines.plan import SteeringPlan, pad_answers, token_logprobs
@@ -41,7 +41,7 @@ def target_nll(
     """
     head = engine.prepare([prompt])
     pixels = pixel_values.unsqueeze(0).to(engine.model.dtype)
-    cache = DynamicCache()
+    cache = transformers.DynamicCache()
     with engine.steered(head, plan):
         first = engine.model(
             input_ids=head.input_ids,

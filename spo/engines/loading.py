@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+import transformers
 
 from spo.engines.identity import is_shape
 from spo.errors import EngineError
@@ -25,12 +25,16 @@ def load_model(model: str, revision: str | None, *, dtype: str, device: str, pic
     Raises:
         EngineError: the weights cannot be loaded.
     """
-    auto = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+    auto = (
+        transformers.AutoModelForImageTextToText if pictures else transformers.AutoModelForCausalLM
+    )
     kind = getattr(torch, dtype)
     try:
         if is_shape(model):
             with torch.device(device):
-                loaded = auto.from_config(AutoConfig.from_pretrained(model), dtype=kind)
+                loaded = auto.from_config(
+                    transformers.AutoConfig.from_pretrained(model), dtype=kind
+                )
         else:
             loaded = auto.from_pretrained(model, revision=revision, dtype=kind)
         return loaded.to(device).eval().requires_grad_(False)

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, BatchFeature
 
 from spo.algorithms.positions import Span, image_spans
 from spo.errors import DataError, EngineError
@@ -82,7 +82,7 @@ class PromptProcessor:
 
     def __init__(self, model: str, revision: str | None = None) -> None:
         try:
-            config = AutoConfig.from_pretrained(model, revision=revision)
+            config = transformers.AutoConfig.from_pretrained(model, revision=revision)
         except (OSError, ValueError) as error:
             raise EngineError(
                 f"{model!r}: expected a model folder in hub layout (config.json, weights, "
@@ -91,13 +91,13 @@ class PromptProcessor:
         self.multimodal = hasattr(config, "vision_config")
         self.image_token_id: int | None = None
         if self.multimodal:
-            self.processor = self._load(AutoProcessor, model, revision)
+            self.processor = self._load(transformers.AutoProcessor, model, revision)
             self.tokenizer = self.processor.tokenizer
             token = getattr(config, "image_token_id", None)
             self.image_token_id = config.image_token_index if token is None else token
             self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         else:
-            self.tokenizer = self._load(AutoTokenizer, model, revision)
+            self.tokenizer = self._load(transformers.AutoTokenizer, model, revision)
             self.processor = self.tokenizer
             self.image_token = ""
         if self.tokenizer.pad_token_id is None:
@@ -105,7 +105,7 @@ class PromptProcessor:
         self.tokenizer.padding_side = "left"
 
     @staticmethod
-    def _load(kind: Any, model: str, revision: str | None) -> AutoProcessor:
+    def _load(kind: Any, model: str, revision: str | None) -> transformers.AutoProcessor:
         try:
             return kind.from_pretrained(model, revision=revision)
         except (OSError, ValueError, TypeError) as error:
@@ -138,7 +138,7 @@ class PromptProcessor:
         )
         return str(rendered)
 
-    def encode(self, prompts: Sequence[Prompt]) -> BatchFeature:
+    def encode(self, prompts: Sequence[Prompt]) -> transformers.BatchFeature:
         """Left-padded tensors of a batch: input_ids, attention_mask, and pixel_values if any."""
         texts = [self.render(prompt) for prompt in prompts]
         images = [load_image(prompt.image) for prompt in prompts if prompt.image is not None]

@@ -84,6 +84,13 @@ def phases_of(config: RunConfig, stages: Sequence[str]) -> dict[str, list[Role]]
         labels=learn.labels,
         setting="learn.workers or learn.num_gpus",
     )
+    attacks = Role(
+        name="picture attack",
+        count=min(1, sum(attack.kind == "pgd" for attack in config.evaluate.attacks)),
+        cpus=1,
+        gpus=gpus,
+        setting="learn.num_gpus or evaluate.attacks",
+    )
     known = {
         "extract": [
             Role(
@@ -97,7 +104,7 @@ def phases_of(config: RunConfig, stages: Sequence[str]) -> dict[str, list[Role]]
             Role(name="reader", count=1, cpus=1, gpus=0, setting="extract.workers"),
         ],
         "train": [engines, scorers, learners],
-        "evaluate": [engines, scorers],
+        "evaluate": [engines, attacks, *([scorers] if "train" in stages else [])],
     }
     return {stage: known[stage] for stage in stages}
 

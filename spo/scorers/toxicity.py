@@ -14,11 +14,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from detoxify import Detoxify
 from safetensors import SafetensorError, safe_open
 from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import HashingVectorizer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from spo.errors import ScorerError
 
@@ -151,8 +151,10 @@ class TransformersJudge:
         self.name = Path(folder).name
         self._batch_size = batch_size
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForSequenceClassification.from_pretrained(
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True
+            )
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder, local_files_only=True, dtype=torch.float32
             )
         except (OSError, ValueError) as error:

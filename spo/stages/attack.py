@@ -125,8 +125,7 @@ def run_attacks(
     if not jobs:
         return
     shares = [
-        {"num_cpus": 0.5, "num_gpus": job.learn.num_gpus if job.learn.use_gpu else 0}
-        for job in jobs
+        {"num_cpus": 1, "num_gpus": job.learn.num_gpus if job.learn.use_gpu else 0} for job in jobs
     ]
     waiting = {
         ray.remote(attack_picture).options(**share).remote(job): job

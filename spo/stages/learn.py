@@ -8,6 +8,7 @@ are handed out by step number.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: str) -> 
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    # A worker that reports waits until the controller looks: every two seconds, unless told.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     config = settings.config
     trainer = TorchTrainer(
         _worker,

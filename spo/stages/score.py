@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
@@ -18,10 +18,10 @@ from spo.config import RewardConfig
 from spo.engines.processing import load_image
 from spo.errors import ScorerError, StageError
 from spo.records import PromptKind, Rollout
-from spo.scorers.alignment import AlignmentScorer
-from spo.scorers.crosscheck import CrossCheck, ProfanityCheck
-from spo.scorers.toxicity import ToxicityScorer
 from spo.stages.restarts import await_back
+
+if TYPE_CHECKING:
+    from spo.scorers.crosscheck import CrossCheck
 
 _LOG = logging.getLogger(__name__)
 _MAX_TRIES = 3
@@ -39,6 +39,11 @@ class ScorerActor:
     def __init__(
         self, toxicity: dict[str, Any], alignment: dict[str, Any], config: RewardConfig
     ) -> None:
+        # Here and not above: the libraries behind them take ten seconds to import.
+        from spo.scorers.alignment import AlignmentScorer
+        from spo.scorers.crosscheck import ProfanityCheck
+        from spo.scorers.toxicity import ToxicityScorer
+
         device = "cuda" if config.num_gpus else "cpu"
         self._toxicity = ToxicityScorer(**toxicity, device=device)
         self._alignment = AlignmentScorer(**alignment, device=device)
@@ -167,7 +172,7 @@ class RewardPool:
         *,
         prefix: str,
     ) -> RewardPool:
-        """Start the scorers as named actors and wait until their models are loaded."""
+        """Start the scorers as named actors; `wait_ready` waits until their models are loaded."""
         actors = [
             ray.remote(ScorerActor)
             .options(
@@ -181,16 +186,20 @@ class RewardPool:
             .remote(toxicity, alignment, config)
             for i in range(config.replicas)
         ]
+        return cls(actors, timeout_s=config.timeout_s)
+
+    def wait_ready(self) -> None:
+        """Wait until every scorer has loaded its models."""
+        waiting = [actor.ready.remote() for actor in self._actors]
         try:
-            ray.get([actor.ready.remote() for actor in actors], timeout=config.timeout_s)
+            ray.get(waiting, timeout=self._timeout_s)
         except (ActorDiedError, ActorUnavailableError) as error:
             raise ScorerError(f"a reward model cannot be loaded: {error}") from error
         except GetTimeoutError as error:
             raise StageError(
-                f"waited {config.timeout_s} s for {len(actors)} scorer(s) to load; free resources: "
-                f"{ray.available_resources()}. Free some or raise reward.timeout_s"
+                f"waited {self._timeout_s:.0f} s for {len(waiting)} scorer(s) to load; free "
+                f"resources: {ray.available_resources()}. Free some or raise reward.timeout_s"
             ) from error
-        return cls(actors, timeout_s=config.timeout_s)
 
     @classmethod
     def connect(cls, prefix: str, config: RewardConfig) -> RewardPool:

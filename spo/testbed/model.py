@@ -17,18 +17,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
 from spo.errors import EngineError
 from spo.testbed.smollm import (
@@ -124,7 +116,9 @@ def write_folder(
         state.update({k: v for k, v in trained.items() if not k.startswith("lora.")})
         _build_processor(tokenizer).save_pretrained(folder)
         _llava_config(text_config).save_pretrained(folder)
-    GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2).save_pretrained(folder)
+    transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2).save_pretrained(
+        folder
+    )
     say("writing the weights", 0.8)
     saved = {name: value.to(torch.bfloat16).contiguous() for name, value in state.items()}
     save_file(saved, folder / "model.safetensors", metadata={"format": "pt"})
@@ -159,9 +153,9 @@ def merge_adapter(state: dict[str, Tensor], trained: Mapping[str, Tensor]) -> No
         state[target] = state[target] + LORA_SCALE * update
 
 
-def vision_config() -> CLIPVisionConfig:
+def vision_config() -> transformers.CLIPVisionConfig:
     """The vision tower: a CLIP encoder of 8 blocks of width 192 on 7 x 7 patches."""
-    return CLIPVisionConfig(
+    return transformers.CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=768,
         num_hidden_layers=8,
@@ -183,8 +177,8 @@ def inputs_digest(gguf: Path, weights: Path) -> str:
     return total.hexdigest()
 
 
-def _llava_config(text_config: LlamaConfig) -> LlavaConfig:
-    return LlavaConfig(
+def _llava_config(text_config: transformers.LlamaConfig) -> transformers.LlavaConfig:
+    return transformers.LlavaConfig(
         vision_config=vision_config(),
         text_config=text_config,
         image_token_index=IMAGE_TOKEN_ID,
@@ -198,10 +192,12 @@ def _llava_config(text_config: LlamaConfig) -> LlavaConfig:
     )
 
 
-def _build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+def _build_processor(
+    tokenizer: transformers.PreTrainedTokenizerFast,
+) -> transformers.LlavaProcessor:
     half = [0.5, 0.5, 0.5]
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessor(
+    return transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(
             size={"shortest_edge": IMAGE_SIZE},
             crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
             image_mean=half,

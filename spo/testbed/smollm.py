@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spo.errors import EngineError
 
@@ -71,7 +71,7 @@ def language_model_file() -> Path:
     return files[0]
 
 
-def read_language_model(gguf: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
+def read_language_model(gguf: Path) -> tuple[transformers.LlamaConfig, dict[str, Tensor]]:
     """The configuration and float32 weights of a Llama GGUF, under Hugging Face's names."""
     # Transformers can read GGUF weights too, but only with `accelerate`, and at thrice the time.
     from gguf import GGUFReader
@@ -96,7 +96,7 @@ def read_language_model(gguf: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
     return config, state
 
 
-def read_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
+def read_tokenizer(gguf: Path) -> transformers.PreTrainedTokenizerFast:
     """SmolLM2's tokenizer with `<image>` in place of a special token that no text holds."""
     from gguf import GGUFReader
 
@@ -124,7 +124,7 @@ def read_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
             if kind == _CONTROL_TOKEN
         ]
     )
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=built,
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
@@ -137,20 +137,20 @@ def read_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def original_model(gguf: Path) -> LlamaForCausalLM:
+def original_model(gguf: Path) -> transformers.LlamaForCausalLM:
     """SmolLM2-135M-Instruct as it is, in float32, not trainable."""
     config, state = read_language_model(gguf)
-    language = LlamaForCausalLM(config)
+    language = transformers.LlamaForCausalLM(config)
     language.load_state_dict(state, strict=False)
     language.tie_weights()
     return language.eval().requires_grad_(False)
 
 
-def _text_config(reader: Any) -> LlamaConfig:
+def _text_config(reader: Any) -> transformers.LlamaConfig:
     def field(name: str) -> float:
         return float(reader.fields[f"llama.{name}"].contents())
 
-    return LlamaConfig(
+    return transformers.LlamaConfig(
         vocab_size=int(field("vocab_size")),
         hidden_size=int(field("embedding_length")),
         intermediate_size=int(field("feed_forward_length")),

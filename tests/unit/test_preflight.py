@@ -212,5 +212,7 @@ def test_the_autoscaler_is_asked_for_every_process() -> None:
         None, ["engine.replicas=2", "engine.num_gpus=1", "engine.labels={role: r}"]
     )
     resources, labels = bundles_of(phases_of(config, ("evaluate",)))
-    assert resources == [{"CPU": 1, "GPU": 1.0}, {"CPU": 1, "GPU": 1.0}, {"CPU": 0.5}]
+    assert resources == [{"CPU": 1, "GPU": 1.0}, {"CPU": 1, "GPU": 1.0}, {"CPU": 1}]
     assert labels == [{"role": "r"}, {"role": "r"}, {}]
+    together, _ = bundles_of(phases_of(config, ("train", "evaluate")))
+    assert {"CPU": 0.5} in together

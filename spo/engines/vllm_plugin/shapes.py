@@ -10,18 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-)
 
 from spo.errors import ConfigError
 
@@ -160,7 +151,9 @@ def write_random_weights(folder: Path, dtype: str, seed: int = 0) -> None:
     the model matters; a comparison of log-probabilities needs these.
     """
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(folder))
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig.from_pretrained(folder)
+    )
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     # Transformers 5 saves `vision_tower.*`; vLLM 0.32 wants `vision_tower.vision_model.*`.
     path, old = folder / "model.safetensors", "vision_tower."
@@ -173,13 +166,15 @@ def write_random_weights(folder: Path, dtype: str, seed: int = 0) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def byte_tokenizer(specials: tuple[str, ...], image_markup: str) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    specials: tuple[str, ...], image_markup: str
+) -> transformers.PreTrainedTokenizerFast:
     """256 byte tokens, then `<s>` `</s>` `<pad>` (256, 257, 258), then `specials`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
     tokenizer.add_special_tokens({"additional_special_tokens": list(specials)})
@@ -199,7 +194,7 @@ def chat_template(image_markup: str) -> str:
     )
 
 
-def _specials(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+def _specials(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, int]:
     return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -209,19 +204,21 @@ def _specials(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 def _write_llava(sizes: dict[str, dict[str, Any]], folder: Path) -> None:
     tokenizer = byte_tokenizer(("<image>",), "<image>\\n")
-    vision = CLIPVisionConfig(**sizes["vision"])
+    vision = transformers.CLIPVisionConfig(**sizes["vision"])
     side = vision.image_size
-    LlavaConfig(
+    transformers.LlavaConfig(
         architectures=["LlavaForConditionalGeneration"],
         vision_config=vision,
-        text_config=LlamaConfig(**sizes["text"], **_specials(tokenizer)),
+        text_config=transformers.LlamaConfig(**sizes["text"], **_specials(tokenizer)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_seq_length=(side // vision.patch_size) ** 2,
     ).save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side),
+    transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": side}, crop_size=side
+        ),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default",
@@ -239,7 +236,7 @@ def _write_qwen(sizes: dict[str, dict[str, Any]], folder: Path) -> None:
     start, end, image, video = (tokenizer.convert_tokens_to_ids(name) for name in names)
     heads = sizes["text"]["hidden_size"] // sizes["text"]["num_attention_heads"]
     sections = [heads // 8, 3 * heads // 16, 3 * heads // 16]
-    Qwen2_5_VLConfig(
+    transformers.Qwen2_5_VLConfig(
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         text_config={
             **sizes["text"],

@@ -101,7 +101,8 @@ def test_memory_does_not_grow_with_rows(name: str) -> None:
         return top
 
     peak(100)  # what is allocated once
-    assert peak(5000) < 1.2 * peak(500)
+    more = 4500 * LAYERS * 64 * 4  # bytes; other threads of the process allocate a little too
+    assert peak(5000) - peak(500) < 0.15 * more
 
 
 def test_shares_depend_on_the_id_alone() -> None:
