@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--time-limit", type=float, default=900.0, metavar="SECONDS")
     serving.add_argument("--seconds", type=float, help="length of each phase")
     serving.add_argument("--swaps", type=int, default=50)
+    serving.add_argument("--soak", type=float, default=0.0, metavar="SECONDS", help="a long phase")
     serving.add_argument("--no-kill", action="store_true", help="do not kill the engine")
     return parser
 
@@ -164,6 +165,7 @@ def _serving(chosen: argparse.Namespace) -> None:
             model=model,
             seconds=chosen.seconds,
             swaps=chosen.swaps,
+            soak=chosen.soak,
             kill=not chosen.no_kill,
         )
     except SpoError as error:

@@ -3,6 +3,11 @@
 The same command continues an interrupted run at its last checkpoint, and leaves a finished one.
 
     python -m jobs.train --config tune_configs/testbed.yaml learn.objective=dpo
+
+The baseline "BiPO on static pairs", beside the run's own vector:
+
+    python -m jobs.train --config tune_configs/testbed.yaml learn.objective=bipo \
+        rollout.static=true learn.artifact=bipo
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from spo.config import RunConfig
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
     from spo.pipeline import prepare
     from spo.progress import ConsoleReporter
-    from spo.refine import SPO, Pools, run_train, trained
+    from spo.refine import Pools, run_train, trained
 
     prepare(config)
     reporter = ConsoleReporter()
@@ -25,7 +30,7 @@ def _run(_: argparse.Namespace, config: RunConfig) -> None:
             run_train(config, reporter, pools)
     else:
         reporter.stage("Finished before: nothing to do")
-    print(f"vector: {config.run_dir / SPO}")
+    print(f"vector: {config.run_dir / config.learn.artifact}")
 
 
 if __name__ == "__main__":

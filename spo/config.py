@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from spo.config_base import Fraction, Location, Positive, Slice
 from spo.config_datasets import (
@@ -129,6 +129,15 @@ class RunConfig(Slice):
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _learns_from_what_it_samples(self) -> RunConfig:
+        if self.rollout.static and self.learn.objective in ("rloo", "gspo"):
+            raise ValueError(
+                f"rollout.static goes with an objective on pairs, got {self.learn.objective!r}; "
+                "set learn.objective to dpo, simpo, bipo or reps"
+            )
+        return self
 
     @property
     def run_url(self) -> str | None:

@@ -67,6 +67,9 @@ class RolloutConfig(Slice):
     parity_answers: Annotated[int, Field(ge=0)] = 2
     """Answers of each step whose log-probability under the learner's vector the engines compute,
     so that the learner can compare it with its own; 0 leaves it out."""
+    static: bool = False
+    """Learn offline, from answers of the unsteered model alone (the baseline "BiPO on static
+    pairs"). Only for objectives on pairs: the others need answers of the vector they improve."""
     calls_per_group: Positive = 2
     """Into how many engine calls a group is cut, so that a straggler holds up only a part."""
 
@@ -114,6 +117,8 @@ class LearnConfig(Slice):
     """Stage II."""
 
     objective: Literal["dpo", "simpo", "bipo", "reps", "rloo", "gspo"] = "rloo"
+    artifact: Annotated[str, Field(pattern=r"^[\w-]+$")] = "spo"
+    """Folder of the run that the vector is written to; a baseline of the same run needs its own."""
     steps: Positive = 20
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     """About how far one step moves a layer's vector, relative to the mean hidden norm."""

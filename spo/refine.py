@@ -34,7 +34,7 @@ from spo.resources import (
     training_prompts,
 )
 from spo.stage1 import STAGE1, build_artifact
-from spo.stages.coordinator import Coordinator, Scorer, Settings
+from spo.stages.coordinator import VECTOR_NAME, Coordinator, Scorer, Settings
 from spo.stages.learn import TrainLoopSettings, fit
 from spo.stages.learner import Update
 from spo.stages.ledger import Ledger
@@ -44,9 +44,6 @@ from spo.stages.rollout import EnginePool
 from spo.stages.schedule import Schedule
 from spo.stages.score import RewardPool
 from spo.vector import SteeringVector
-
-SPO = "spo"
-_TRAINED = "trained.json"
 
 
 class Learner(Protocol):
@@ -154,12 +151,18 @@ class Task:
     def finished(self, config: RunConfig) -> SteeringArtifact | None:
         """The artifact of this very task, when the run folder has it."""
         try:
-            note = json.loads((config.run_dir / _TRAINED).read_text())
-            found = SteeringArtifact.load(config.run_dir / SPO, model_id=self.start.vector.model_id)
+            note = json.loads(_note_path(config).read_text())
+            found = SteeringArtifact.load(
+                config.run_dir / config.learn.artifact, model_id=self.start.vector.model_id
+            )
         except (OSError, ValueError, ArtifactError):
             return None
         done = {"digest": self.digest, "sha256": found.vector.sha256}
         return found if note == done else None
+
+
+def _note_path(config: RunConfig) -> Path:
+    return config.run_dir / f"trained-{config.learn.artifact}.json"
 
 
 def trained(config: RunConfig) -> SteeringArtifact | None:
@@ -225,15 +228,16 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
 
     with following(history, show):
         vector = fit(settings, train, name=f"train-{digest}", storage=config.storage)
-    write_atomic(config.run_dir / "history.jsonl", history.read_bytes())
+    own = "" if config.learn.artifact == "spo" else f"-{config.learn.artifact}"
+    write_atomic(config.run_dir / f"history{own}.jsonl", history.read_bytes())
     keep_quarantined(config, "rollouts", ray.get(coordinator.quarantined.remote()))
     ray.kill(coordinator)
-    pools.rollouts.retire(f"{SPO}-{digest}")
+    pools.rollouts.retire(f"{VECTOR_NAME}-{digest}")
     method = f"{config.learn.objective} from {config.estimate.method}"
     artifact = build_artifact(config, vector, method, start.data_sha256, parent=start.vector.sha256)
-    artifact.save(config.run_dir / SPO)
+    artifact.save(config.run_dir / config.learn.artifact)
     note = {"digest": digest, "sha256": artifact.vector.sha256}
-    write_atomic(config.run_dir / _TRAINED, json.dumps(note).encode())
+    write_atomic(_note_path(config), json.dumps(note).encode())
     return artifact
 
 
@@ -266,7 +270,7 @@ def make_coordinator(
             reward=config.reward,
             steps=config.learn.steps,
             informative=partial(is_informative, config=config.learn),
-            name=f"{SPO}-{name}",
+            name=f"{VECTOR_NAME}-{name}",
         ),
         ledger=Ledger(folder / f"ledger-{name}.jsonl"),
         recorder=Recorder(

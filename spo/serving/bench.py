@@ -258,7 +258,7 @@ class Bench:
         self.say(f"engine killed: {seen.row()} {checks}")
 
 
-async def _measure(bench: Bench, result: Result, swaps: int, kill: bool) -> None:
+async def _measure(bench: Bench, result: Result, *, swaps: int, soak: float, kill: bool) -> None:
     sizes = bench.sizes
     servers: list[Server] = []
     try:
@@ -281,6 +281,8 @@ async def _measure(bench: Bench, result: Result, swaps: int, kill: bool) -> None
                 await bench.measure("plain vLLM", load, result)
             await bench.measure("ours, unsteered", replace(steered, model="model"), result)
             await bench.measure("ours, steered", steered, result)
+        if soak:
+            await bench.measure(f"steered, {soak:.0f} s", replace(steered, seconds=soak), result)
         if swaps and time.monotonic() + steered.seconds < bench.deadline:
             await bench.swap(steered, swaps, result)
         if kill and time.monotonic() + steered.seconds < bench.deadline:
@@ -290,7 +292,7 @@ async def _measure(bench: Bench, result: Result, swaps: int, kill: bool) -> None
             server.stop()
 
 
-def run(
+def run(  # noqa: PLR0913 - what is measured, and for how long
     preset: str,
     output: Path,
     *,
@@ -298,6 +300,7 @@ def run(
     model: Path | None = None,
     seconds: float | None = None,
     swaps: int = 50,
+    soak: float = 0.0,
     kill: bool = True,
     say: Callable[[str], None] = print,
 ) -> Result:
@@ -310,6 +313,7 @@ def run(
         model: model folder; the preset's shape with random weights if absent.
         seconds: length of a phase; the preset's own if absent.
         swaps: how often the live vector changes under load; 0 leaves the phase out.
+        soak: seconds of one long steered phase; 0 leaves it out.
         kill: whether to kill the engine's process under load.
         say: receives progress lines.
     """
@@ -323,7 +327,7 @@ def run(
     result = Result(preset=preset, path=output / "results.json")
     bench = Bench(sizes, model.absolute(), output, time_limit, say)
     try:
-        asyncio.run(_measure(bench, result, swaps, kill))
+        asyncio.run(_measure(bench, result, swaps=swaps, soak=soak, kill=kill))
     finally:
         (output / "table.md").write_text(result.table() + "\n")
     return result

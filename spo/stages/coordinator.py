@@ -205,8 +205,9 @@ class Coordinator:
         self.recorder.restore(snapshot["recorder"])
 
     async def _publish(self, step: int, vector: SteeringVector) -> None:
-        if self._policy is not None and self._policy.sha256 == vector.sha256:
-            self._policy = replace(self._policy, step=step)
+        held = self._policy
+        if held is not None and (self._config.static or held.sha256 == vector.sha256):
+            self._policy = replace(held, step=step)
             return
         # A replayed update may differ in its last bits: it is a new version, never the old number.
         version = max(step, self._next_version)
@@ -220,7 +221,8 @@ class Coordinator:
             spec=SteeringSpec(
                 vector=self._name,
                 version=version,
-                coefficient=self._steering.coefficient,
+                # Coefficient 0 equals the unsteered model, and the receipt still proves it.
+                coefficient=0.0 if self._config.static else self._steering.coefficient,
                 operator=self._steering.operator,
                 positions=self._steering.positions,
             ),
@@ -370,7 +372,7 @@ class Coordinator:
         """What engines make of some answers under the learner's own vector, for its parity gate."""
         count, policy = self._config.parity_answers, self._policy
         items = [item.rollout for group in groups for item in group.items[:1]][:count]
-        if not items or policy is None or policy.step != step:
+        if not items or policy is None or policy.step != step or self._config.static:
             return {}
         fresh = {r.request_id: r.logprob for r in items if receipt_sha(r) == policy.sha256}
         if len(fresh) == len(items):

@@ -199,3 +199,9 @@ def test_import_needs_neither_torch_nor_ray() -> None:
     loaded = set(done.stdout.replace("'", "").strip("[]\n").split(", "))
     assert "spo.config" in loaded
     assert not loaded & {"torch", "ray", "vllm", "transformers", "numpy"}
+
+
+def test_offline_answers_need_an_objective_on_pairs() -> None:
+    with pytest.raises(ConfigError, match=r"set learn\.objective to dpo, simpo, bipo or reps"):
+        load_config(None, ["rollout.static=true"])
+    load_config(None, ["rollout.static=true", "learn.objective=bipo"])

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,25 @@ def test_stale_samples_carry_the_receipt_of_the_vector_that_made_them() -> None:
     seen = {item.rollout.receipt.sha256 for g in batches[2].groups for item in g}  # type: ignore[union-attr]
     assert seen == {(vector * 1.01).sha256}
     assert batches[2].engine_logprobs  # the parity gate needs the current vector's
+
+
+def test_static_answers_are_the_unsteered_model_s_and_proved_to_be() -> None:
+    engine = FakeEngine()
+    made = coordinator(engine, max_staleness=1, static=True)
+    batches = run(made, 4, start_vector(engine))
+    answers = [item.rollout for batch in batches for group in batch.groups for item in group]
+    receipts = [answer.receipt for answer in answers if answer.receipt]
+    assert len(receipts) == len(answers)
+    assert {receipt.coefficient for receipt in receipts} == {0.0}
+    assert {age for batch in batches for age in batch.staleness} <= {0, 1}
+    assert not any(batch.engine_logprobs for batch in batches)
+    plain = [
+        engine.generate([replace(request, steering=None)])[0].text
+        for request in made.inner.schedule.requests(
+            made.inner.schedule.slot(0, 0, 0), made.inner._policy.spec
+        )
+    ]
+    assert plain == [item.rollout.text for item in batches[0].groups[0]]
 
 
 def test_groups_without_information_are_replaced_one_for_one() -> None:
