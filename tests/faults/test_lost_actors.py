@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from spo.config import EngineConfig
+from spo.engines.fake import FakeEngine
 from spo.errors import UnpublishedError
 from spo.records import GenerateRequest, Prompt, PromptKind, Sampling, SteeringSpec
+from spo.stages.coordinator import Coordinator
 from spo.stages.engine_actor import EngineHealth
+from spo.stages.ledger import committed_ids
+from spo.stages.link import CoordinatorActor, CoordinatorLink
 from spo.stages.rollout import EnginePool
+from spo.stages.score import RewardPool
 from spo.vector import SteeringVector
+from tests.unit.test_preference_loop import WordScorer, coordinator, start_vector
 
 pytestmark = pytest.mark.ray
 CONFIG = EngineConfig(
@@ -139,3 +148,67 @@ def test_a_vector_that_nobody_published_is_an_error_and_never_an_unsteered_answe
 ) -> None:
     with pytest.raises(UnpublishedError, match="version 99 is not published"):
         pool.generate(requests(99))
+
+
+class WordScorerActor(WordScorer):
+    """The fake vocabulary's scorer as an actor, with what `RewardPool` asks of one."""
+
+    def ready(self) -> bool:
+        return True
+
+    def process_id(self) -> int:
+        return os.getpid()
+
+
+def connected_coordinator(folder: str) -> Coordinator:
+    """Built in the coordinator's own process, and again in the one that takes its place."""
+    import ray
+
+    scorers = [ray.get_actor(f"faults-scorer-{i}") for i in range(2)]
+    made = coordinator(
+        EnginePool.connect("faults", CONFIG),
+        RewardPool(scorers, timeout_s=120),
+        ledger=Path(folder) / "ledger.jsonl",
+        max_staleness=1,
+    )
+    return made.inner
+
+
+def test_fifty_steps_of_random_kills_use_every_id_once(pool: EnginePool, tmp_path: Path) -> None:
+    """Every engine, every scorer and the coordinator are killed twice, in random order."""
+    import ray
+
+    places = {"max_restarts": 20, "num_cpus": 0}
+    scorers: list[Any] = []
+    for i in range(2):
+        scorers.append(
+            ray.remote(WordScorerActor).options(name=f"faults-scorer-{i}", **places).remote()
+        )
+    head = ray.remote(CoordinatorActor).options(name="faults-coordinator", **places)
+    kept = head.remote(connected_coordinator, {"folder": str(tmp_path)})
+    line = CoordinatorLink("faults-coordinator", "faults", rank=0, timeout_s=240)
+    victims = [
+        *(member.actor for member in pool._members),
+        *scorers,
+        kept,
+    ]
+    chance = random.Random(0)
+    doomed = [v for _ in range(2) for v in chance.sample(victims, len(victims))]
+    start = start_vector(FakeEngine())
+    batches = []
+    for step in range(50):
+        if step % 5 == 2:
+            ray.kill(doomed.pop(), no_restart=False)
+        # Each step has a vector of its own.
+        batches.append(line.batch(step, start * (1.0 + 0.01 * step)))
+        line.snapshot = line.record({"step": step, "learn_s": 0.0})
+    assert not doomed
+    used = [i.rollout.request_id for batch in batches for group in batch.groups for i in group]
+    assert len(used) == len(set(used)) == 50 * 24
+    assert committed_ids(tmp_path / "ledger.jsonl") == used
+    assert max(age for batch in batches for age in batch.staleness) <= 1
+    for batch in batches:
+        shas = {i.rollout.receipt.sha256 for g in batch.groups for i in g if i.rollout.receipt}
+        allowed = {(start * (1.0 + 0.01 * s)).sha256 for s in (batch.step - 1, batch.step)}
+        assert shas <= allowed
+    assert line.snapshot["totals"]["consumed"] == 50 * 24
