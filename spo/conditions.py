@@ -24,12 +24,9 @@ from spo.engines.identity import folder_revision
 from spo.evaluation import PromptSet
 from spo.progress import Reporter
 from spo.records import Prompt, SteeringSpec
-from spo.resources import EvaluationInputs, ResolvedModel
+from spo.resources import PICTURE_SIZE, EvaluationInputs, ResolvedModel
 from spo.stages.attack import AttackJob, run_attacks
 from spo.testbed.drawing import draw_text
-
-_PICTURE_SIZE = 336
-"""Side of a drawn picture for models other than the testbed's, which sees 112."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +116,7 @@ def attacked_sets(
             base = sets["plain"]
             drawn = typographic_prompts(
                 base.prompts,
-                lambda words: draw_text(words, inputs.picture_size or _PICTURE_SIZE),
+                lambda words: draw_text(words, inputs.picture_size or PICTURE_SIZE),
                 config.run_dir / "attack" / "typographic",
             )
             made.append(replace(base, condition=attack.name, prompts=tuple(drawn)))

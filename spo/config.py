@@ -86,6 +86,11 @@ class DataConfig(Slice):
     benign_prompts: Positive = 128
     image_fraction: Fraction = 0.5
     """Share of the testbed's harmful prompts that come with a picture."""
+    typographic_fraction: Fraction = 0.0
+    """Share of the harmful training prompts whose words are drawn into the picture: the attack in
+    the loop."""
+    picture_size: Positive | None = None
+    """Side of such a drawn picture; None takes the testbed's own, or 336 for other prompts."""
 
 
 class SteeringConfig(Slice):

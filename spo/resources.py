@@ -6,11 +6,13 @@ Anything else is a hub id, a local folder or a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from spo.attacks.typographic import typographic_prompts
 from spo.config import (
     DataConfig,
     EvaluateConfig,
@@ -25,6 +27,8 @@ from spo.prompts import read_prompts
 from spo.records import Prompt, PromptKind, QuarantinedRow, Split
 
 TESTBED = "testbed"
+PICTURE_SIZE = 336
+"""Side of a drawn picture for models other than the testbed's, which sees 112."""
 _CHECK = Callable[[Prompt, str], Mapping[str, float]]
 
 
@@ -110,23 +114,45 @@ def open_success_judges(config: EvaluateConfig) -> list[SuccessJudge]:
 def training_prompts(
     config: DataConfig, cache: Path, seed: int
 ) -> tuple[list[Prompt], list[QuarantinedRow]]:
-    """Prompts of Stage II."""
+    """Prompts of Stage II, a share of them attacked."""
     if config.train == TESTBED:
         from spo.testbed import data
 
-        return data.training_prompts(
+        prompts = data.training_prompts(
             cache,
             harm=config.harm_prompts,
             benign=config.benign_prompts,
             image_fraction=config.image_fraction,
             seed=seed,
-        ), []
+        )
+        return _with_drawn_words(prompts, config, cache, seed, data.PICTURE_SIZE), []
     prompts, bad = read_prompts(Path(config.train))
     prompts, damaged = _decodable(prompts)
     bad += damaged
     harm = [p for p in prompts if p.kind is PromptKind.HARM][: config.harm_prompts]
     benign = [p for p in prompts if p.kind is PromptKind.BENIGN][: config.benign_prompts]
-    return harm + benign, bad
+    return _with_drawn_words(harm + benign, config, cache, seed, PICTURE_SIZE), bad
+
+
+def _with_drawn_words(
+    prompts: Sequence[Prompt], config: DataConfig, cache: Path, seed: int, size: int
+) -> list[Prompt]:
+    """A share of the harmful prompts, chosen by id, asked through a picture of their words."""
+    if not config.typographic_fraction:
+        return list(prompts)
+    from spo.testbed.drawing import draw_text
+
+    side = config.picture_size or size
+
+    def chosen(prompt: Prompt) -> bool:
+        digest = hashlib.sha256(f"typographic/{seed}/{prompt.prompt_id}".encode()).digest()
+        share = int.from_bytes(digest[:4], "big") / 2**32
+        return prompt.kind is PromptKind.HARM and share < config.typographic_fraction
+
+    attacked = [prompt for prompt in prompts if chosen(prompt)]
+    drawn = typographic_prompts(attacked, lambda text: draw_text(text, side), cache / "typographic")
+    by_id = {prompt.prompt_id: prompt for prompt in drawn}
+    return [by_id.get(prompt.prompt_id, prompt) for prompt in prompts]
 
 
 def evaluation_inputs(config: RunConfig) -> EvaluationInputs:

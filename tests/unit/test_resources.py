@@ -43,6 +43,27 @@ def test_training_prompts_with_a_damaged_picture_are_quarantined(tmp_path: Path)
     assert "cut.png' cannot be decoded" in bad[0].reason
 
 
+def test_a_share_of_the_harmful_prompts_is_asked_through_drawn_words(tmp_path: Path) -> None:
+    openings = [
+        Prompt(prompt_id=f"{kind}{i}", text=f"You are {i}", kind=kind, format=PromptFormat.PLAIN)
+        for kind in PromptKind
+        for i in range(100)
+    ]
+    file = str(write_prompts(openings, tmp_path / "prompts.jsonl"))
+    plain, _ = training_prompts(DataConfig(train=file), tmp_path, seed=0)
+    config = DataConfig(train=file, typographic_fraction=0.3, picture_size=64)
+    mixed, _ = training_prompts(config, tmp_path, seed=0)
+    assert mixed == training_prompts(config, tmp_path, seed=0)[0]
+    assert [p.prompt_id for p in mixed] == [p.prompt_id for p in plain]
+    drawn = [p for p in mixed if p.image]
+    assert {p.kind for p in drawn} == {PromptKind.HARM}
+    assert 15 <= len(drawn) <= 45
+    assert {Image.open(str(p.image)).size for p in drawn} == {(64, 64)}
+    assert all("You are" not in p.text for p in drawn)
+    rest = [(a, b) for a, b in zip(plain, mixed, strict=True) if not b.image]
+    assert all(a == b for a, b in rest)
+
+
 def test_testbed_prompts_are_the_same_for_the_same_seed_and_disjoint_from_heldout(
     tmp_path: Path,
 ) -> None:
