@@ -241,12 +241,13 @@ class Bench:
         result.add("swapping", {**seen.row(), "checks": checks})
         self.say(f"swapping: {seen.row()} {checks}")
 
-    async def kill(self, server: Server, load: Load, result: Result) -> None:
-        """Kill vLLM's engine process in the middle, and wait for answers to come again."""
+    async def kill(self, server: Server, load: Load, result: Result, what: str = "engine") -> None:
+        """Kill vLLM's "engine" process, or the "replica" that owns it, under load; wait until
+        answers come again."""
         seen = Seen()
         running = asyncio.create_task(run_load(load, seen))
         await asyncio.sleep(load.seconds / 3)
-        for process in server.engine_processes():
+        for process in server.processes(what):
             process.kill()
         begin, before = time.monotonic(), len(seen.latencies)
         await running
@@ -254,8 +255,20 @@ class Bench:
             await run_load(replace(load, clients=4, seconds=5.0), seen)
         checks = {**self.check(seen), "back_after_s": round(time.monotonic() - begin)}
         checks["answered_after"] = len(seen.latencies) - before
-        result.add("engine killed", {**seen.row(), "checks": checks})
-        self.say(f"engine killed: {seen.row()} {checks}")
+        result.add(f"{what} killed", {**seen.row(), "checks": checks})
+        self.say(f"{what} killed: {seen.row()} {checks}")
+
+    async def stress(
+        self, server: Server, load: Load, result: Result, *, swaps: int, soak: float, kill: bool
+    ) -> None:
+        """A long phase, swaps, and kills, as far as there is time."""
+        if soak:
+            await self.measure(f"steered, {soak:.0f} s", replace(load, seconds=soak), result)
+        if swaps and time.monotonic() + load.seconds < self.deadline:
+            await self.swap(load, swaps, result)
+        for what in ("engine", "replica") if kill else ():
+            if time.monotonic() + load.seconds < self.deadline:
+                await self.kill(server, load, result, what)
 
 
 async def _measure(bench: Bench, result: Result, *, swaps: int, soak: float, kill: bool) -> None:
@@ -281,12 +294,7 @@ async def _measure(bench: Bench, result: Result, *, swaps: int, soak: float, kil
                 await bench.measure("plain vLLM", load, result)
             await bench.measure("ours, unsteered", replace(steered, model="model"), result)
             await bench.measure("ours, steered", steered, result)
-        if soak:
-            await bench.measure(f"steered, {soak:.0f} s", replace(steered, seconds=soak), result)
-        if swaps and time.monotonic() + steered.seconds < bench.deadline:
-            await bench.swap(steered, swaps, result)
-        if kill and time.monotonic() + steered.seconds < bench.deadline:
-            await bench.kill(ours, steered, result)
+        await bench.stress(ours, steered, result, swaps=swaps, soak=soak, kill=kill)
     finally:
         for server in servers:
             server.stop()
@@ -314,7 +322,7 @@ def run(  # noqa: PLR0913 - what is measured, and for how long
         seconds: length of a phase; the preset's own if absent.
         swaps: how often the live vector changes under load; 0 leaves the phase out.
         soak: seconds of one long steered phase; 0 leaves it out.
-        kill: whether to kill the engine's process under load.
+        kill: whether to kill the engine's process, then its replica, under load.
         say: receives progress lines.
     """
     output = output.absolute()

@@ -60,10 +60,14 @@ class Server:
                 await asyncio.sleep(1.0)
         raise EngineError(f"{self.name} was not ready in time; see {self._log}")
 
-    def engine_processes(self) -> list[psutil.Process]:
-        """vLLM's engine cores below this server."""
+    def processes(self, what: str) -> list[psutil.Process]:
+        """Below this server: vLLM's cores ("engine") or the Serve replicas that own them
+        ("replica")."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "EngineCore" in _title(child)]
+        cores = [child for child in children if "EngineCore" in _title(child)]
+        if what == "engine":
+            return cores
+        return [owner for core in cores for owner in core.parents() if "Replica" in _title(owner)]
 
     def stop(self) -> None:
         """End it and everything that it started."""
