@@ -121,7 +121,9 @@ def fake_settings(folder: Path, name: str, *more: str) -> list[str]:
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(user: User, tmp_path: Path) -> None:
     settings = fake_settings(tmp_path, "stopped", "learn.steps=8")
     config = load_config(None, settings)
-    job = ("python", "-m", "jobs.train", *settings)
+    # Steps of two seconds: on the fake engine the run would be over before it could be stopped.
+    slow = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=2"
+    job = ("env", slow, "python", "-m", "jobs.train", *settings)
     options = ("--no-wait", "--submission-id", "first", "--metadata-json", '{"stage": "train"}')
     begun = user.submit(*job, options=options)
     assert begun.returncode == 0, begun.stdout + begun.stderr
@@ -146,8 +148,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(user: User, tmp_path: 
     assert f"vector: {config.run_dir / 'spo'}" in again.stdout
     final = steps()
     assert sorted(set(final)) == list(range(8))
-    # Twice: the step in which it was stopped, and those whose checkpoint Ray Train, which looks
-    # every two seconds, had not yet seen.
+    # Twice: the step in which it was stopped, and those whose checkpoint Ray Train had not yet seen.
     assert len(final) <= 8 + 3
     assert final[:done_before] == list(range(done_before))
     SteeringArtifact.load(config.run_dir / "spo", model_id="fake")

@@ -75,6 +75,8 @@ class Site:
                 cwd=ROOT,
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                # Steps of two seconds: on the fake engine a run would be over before it is hit.
+                env={**os.environ, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2"},
             )
 
     def config(self, *settings: str) -> RunConfig:
