@@ -148,7 +148,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(user: User, tmp_path: 
     assert f"vector: {config.run_dir / 'spo'}" in again.stdout
     final = steps()
     assert sorted(set(final)) == list(range(8))
-    # Twice: the step in which it was stopped, and those whose checkpoint Ray Train had not yet seen.
+    # Twice: the step in which it was stopped, and those whose checkpoint was not yet seen.
     assert len(final) <= 8 + 3
     assert final[:done_before] == list(range(done_before))
     SteeringArtifact.load(config.run_dir / "spo", model_id="fake")
