@@ -69,7 +69,8 @@ class RolloutConfig(Slice):
     so that the learner can compare it with its own; 0 leaves it out."""
     static: bool = False
     """Learn offline, from answers of the unsteered model alone (the baseline "BiPO on static
-    pairs"). Only for objectives on pairs: the others need answers of the vector they improve."""
+    pairs"): sampled at coefficient 0, which equals it, with a receipt that proves it. Only for
+    objectives on pairs: the others need answers of the vector they improve."""
     calls_per_group: Positive = 2
     """Into how many engine calls a group is cut, so that a straggler holds up only a part."""
 

@@ -192,14 +192,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     )
     history = config.run_dir / f"history-{digest}.jsonl"
     history.touch()
-    coordinator = (
-        ray.remote(CoordinatorActor)
-        .options(name=f"{pools.prefix}-coordinator", num_cpus=0, max_restarts=3)
-        .remote(
-            _connected_coordinator,
-            {"prompts": task.prompts, "config": config, "prefix": pools.prefix, "history": history},
-        )
-    )
+    coordinator = _start_coordinator(config, task.prompts, pools.prefix, history)
     settings = TrainLoopSettings(
         model="fake" if config.engine.backend == "fake" else pools.model.path,
         revision=pools.model.revision,
@@ -239,6 +232,15 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     note = {"digest": digest, "sha256": artifact.vector.sha256}
     write_atomic(_note_path(config), json.dumps(note).encode())
     return artifact
+
+
+def _start_coordinator(config: RunConfig, prompts: list[Prompt], prefix: str, history: Path) -> Any:
+    """The coordinator as a named actor, which Ray restarts."""
+    placed = ray.remote(CoordinatorActor).options(
+        name=f"{prefix}-coordinator", num_cpus=0, max_restarts=3
+    )
+    arguments = {"prompts": prompts, "config": config, "prefix": prefix, "history": history}
+    return placed.remote(_connected_coordinator, arguments)
 
 
 def load_artifact(config: RunConfig, name: str, pools: Pools) -> SteeringArtifact:

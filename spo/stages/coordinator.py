@@ -153,8 +153,7 @@ class Coordinator:
                 self._batches[step] = asyncio.ensure_future(self._assemble(step))
         try:
             batch = await asyncio.shield(self._batches[step])
-        except Exception:
-            # A replay may ask again, and then gets another try.
+        except Exception:  # a replay may ask again, and then gets another try
             self._batches.pop(step, None)
             self._forget(step)
             raise
@@ -221,7 +220,6 @@ class Coordinator:
             spec=SteeringSpec(
                 vector=self._name,
                 version=version,
-                # Coefficient 0 equals the unsteered model, and the receipt still proves it.
                 coefficient=0.0 if self._config.static else self._steering.coefficient,
                 operator=self._steering.operator,
                 positions=self._steering.positions,
