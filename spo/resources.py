@@ -6,7 +6,6 @@ Anything else is a hub id, a local folder or a file.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from spo.errors import ConfigError, DataError
 from spo.evaluation import Judge, PromptSet, SuccessJudge
 from spo.prompts import read_prompts
 from spo.records import Prompt, PromptKind, QuarantinedRow, Split
+from spo.shares import share_of
 
 TESTBED = "testbed"
 PICTURE_SIZE = 336
@@ -145,8 +145,7 @@ def _with_drawn_words(
     side = config.picture_size or size
 
     def chosen(prompt: Prompt) -> bool:
-        digest = hashlib.sha256(f"typographic/{seed}/{prompt.prompt_id}".encode()).digest()
-        share = int.from_bytes(digest[:4], "big") / 2**32
+        share = share_of(f"typographic/{seed}/{prompt.prompt_id}")
         return prompt.kind is PromptKind.HARM and share < config.typographic_fraction
 
     attacked = [prompt for prompt in prompts if chosen(prompt)]

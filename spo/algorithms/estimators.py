@@ -7,7 +7,6 @@ All return unit directions (L, D) that point towards harm.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from spo.config import EstimateConfig
 from spo.errors import DataError
+from spo.shares import share_of
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -101,16 +101,12 @@ class Moments:
 
 def is_held_out(row_id: str, share: float) -> bool:
     """Whether a row belongs to the held-out share; depends on its id alone."""
-    return _draw(row_id) < share
+    return share_of(row_id) < share
 
 
 def in_first_half(row_id: str) -> bool:
     """Splits rows into halves, independently of `is_held_out`."""
-    return _draw("half/" + row_id) < 0.5
-
-
-def _draw(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return share_of("half/" + row_id) < 0.5
 
 
 def moments(contrast: Contrast, keep: Keep) -> Moments:

@@ -7,7 +7,6 @@ older version.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import Any
 from spo.artifact import SteeringArtifact, write_atomic
 from spo.errors import ArtifactError, SteeringError
 from spo.records import Operator, Positions, SteeringSpec
+from spo.shares import share_of
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _STATE = "registry.json"
@@ -97,7 +97,7 @@ class Snapshot:
             )
         if number is None:
             number = entry.live
-            if entry.canary is not None and _share_of(ticket) < entry.canary_share:
+            if entry.canary is not None and share_of(ticket) < entry.canary_share:
                 number = entry.canary
         version = entry.versions.get(number)
         if version is None:
@@ -105,11 +105,6 @@ class Snapshot:
                 f"vector {name!r} has no version {number}; there are {sorted(entry.versions)}"
             )
         return version
-
-
-def _share_of(ticket: str) -> float:
-    digest = hashlib.sha256(ticket.encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2.0**64
 
 
 class VectorRegistry:
