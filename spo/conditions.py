@@ -7,7 +7,6 @@ attacked ones. Pictures of an attack are made once a run and kept with their cur
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +19,11 @@ from spo.attacks.typographic import typographic_prompts
 from spo.config import AttackConfig, RunConfig
 from spo.config_evaluate import DefenceConfig
 from spo.engines.base import Sampler
-from spo.engines.identity import folder_revision
 from spo.evaluation import PromptSet
 from spo.progress import Reporter
 from spo.records import Prompt, SteeringSpec
 from spo.resources import PICTURE_SIZE, EvaluationInputs, ResolvedModel
-from spo.stages.attack import AttackJob, run_attacks
+from spo.stages.attack import AttackJob, pictures_of
 from spo.testbed.drawing import draw_text
 
 
@@ -180,40 +178,13 @@ def _pictures(
     """(attack, defence) to its curve and pictures, made where they are not there yet."""
     if inputs.attacked is None or inputs.attack_start is None:
         return {}
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    waiting: dict[str, tuple[list[tuple[str, str]], str]] = {}
-    jobs: list[AttackJob] = []
+    names: dict[tuple[str, str], AttackJob] = {}
     for attack in config.evaluate.attacks:
-        if attack.kind != "pgd":
-            continue
-        for defence in defences if attack.adaptive else [UNDEFENDED]:
-            job = _job(config, inputs, attack, defence, model)
-            digest = _digest(job)
-            kept = _kept(job, digest)
-            if kept is not None:
-                found[attack.name, defence.name] = kept
-                continue
-            if job.name not in waiting:
-                jobs.append(job)
-            keys, _ = waiting.setdefault(job.name, ([], digest))
-            keys.append((attack.name, defence.name))
-    if jobs:
-        reporter.note(f"{len(jobs)} picture attacks: {', '.join(job.name for job in jobs)}")
-
-    def done(job: AttackJob, curve: dict[str, Any]) -> None:
-        keys, digest = waiting.pop(job.name)
-        attack, _, defence = job.name.partition("--")
-        content = {**curve, "digest": digest, "attack": attack, "defence": defence}
-        content["budget"] = job.config.model_dump(mode="json")
-        write_atomic(job.folder / f"{job.name}.json", json.dumps(content).encode())
-        found.update(dict.fromkeys(keys, content))
-        reporter.step(
-            len(jobs) - len(waiting),
-            len(jobs),
-            f"{job.name}: loss {curve['clean_loss']:.2f} -> {curve['attacked_loss']:.2f}",
-        )
-
-    run_attacks(jobs, done)
+        if attack.kind == "pgd":
+            for defence in defences if attack.adaptive else [UNDEFENDED]:
+                names[attack.name, defence.name] = _job(config, inputs, attack, defence, model)
+    made = pictures_of(list(names.values()), reporter.note, reporter.step)
+    found = {key: made[job.name] for key, job in names.items()}
     if found:
         widest = max(found.values(), key=lambda c: (c["defence"] == "none", c["epsilon_255"]))
         each = {(c["attack"], c["defence"]): c for c in found.values()}
@@ -251,21 +222,3 @@ def _job(
         vector=defence.vector,
         steering=defence.spec,
     )
-
-
-def _digest(job: AttackJob) -> str:
-    model = folder_revision(job.model) if Path(job.model).is_dir() else job.model
-    vector = hashlib.sha256(job.vector).hexdigest()
-    plain = (job.config.model_dump_json(), job.learn.dtype, job.seed, vector, repr(job.steering))
-    content = (model, job.picture.read_bytes(), *plain, repr(job.prompts), repr(job.targets))
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-
-
-def _kept(job: AttackJob, digest: str) -> dict[str, Any] | None:
-    try:
-        content: dict[str, Any] = json.loads((job.folder / f"{job.name}.json").read_text())
-    except (OSError, ValueError):
-        return None
-    if content.get("digest") != digest or not Path(content["attacked"]).is_file():
-        return None
-    return content

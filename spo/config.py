@@ -91,6 +91,26 @@ class DataConfig(Slice):
     the loop."""
     picture_size: Positive | None = None
     """Side of such a drawn picture; None takes the testbed's own, or 336 for other prompts."""
+    attacks: tuple[AttackConfig, ...] = ()
+    """Picture attacks in the loop of Stage II, made before its first step, on training prompts and
+    training targets; an `adaptive` one goes through the Stage I vector as it is applied."""
+    attacked_fraction: Fraction = 0.25
+    """Share of the harmful training prompts asked with an attacked picture, where `attacks` has
+    any. The testbed asks about the picture then."""
+    attacked_pictures: Positive = 2
+    """Clean pictures that each attack starts from."""
+    attack_targets_file: Path | None = None
+    """Harmful sentences, one a line, that these attacks aim at; the testbed has its own. Not those
+    of `evaluate.attack_targets_file`."""
+
+    @model_validator(mode="after")
+    def _pictures_only(self) -> DataConfig:
+        kinds = [attack.kind for attack in self.attacks if attack.kind != "pgd"]
+        if kinds:
+            raise ValueError(
+                f"'attacks' takes kind 'pgd', got {kinds}; drawn words: 'typographic_fraction'"
+            )
+        return self
 
 
 class SteeringConfig(Slice):

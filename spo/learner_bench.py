@@ -82,12 +82,12 @@ def run(preset: str, output: Path, *, time_limit: float, loop: bool = True) -> s
     engine = HfEngine(str(folder), dtype=settings["dtype"], device=settings["device"])
     prompts = _prompts(settings, output)
     _measure_steps(engine, prompts, settings, keep)
-    for staleness in (0, 1) if loop else ():
+    for staleness in (1, 0) if loop else ():
         if time.monotonic() > end - 60:
             keep(f"loop, S = {staleness}", "left out: no time")
             continue
         try:
-            limit = (end - time.monotonic()) / (2 - staleness)
+            limit = (end - time.monotonic()) / (1 + staleness)
             figures = _measure_loop(engine, folder, prompts, settings, staleness, limit)
         except Exception as error:  # noqa: BLE001 what was measured before must not be lost
             keep(f"loop, S = {staleness}", f"FAILED: {error}")

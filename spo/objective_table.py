@@ -18,11 +18,12 @@ import numpy as np
 
 from spo.algorithms.objectives import OBJECTIVES
 from spo.artifact import SteeringArtifact
+from spo.attack_loop import with_attacked
 from spo.config import RunConfig
 from spo.engines.plan import DifferentiableEngine
 from spo.evaluation import evaluate
 from spo.pipeline import prepare
-from spo.progress import Reporter
+from spo.progress import Reporter, Silent
 from spo.records import Batch, SteeringSpec
 from spo.refine import Pools, load_artifact, make_coordinator, train
 from spo.resources import evaluation_inputs, open_judge, training_prompts
@@ -109,7 +110,8 @@ def _one(
 def _refine(
     config: RunConfig, pools: Pools, engine: DifferentiableEngine, start: SteeringArtifact
 ) -> tuple[SteeringVector, dict[str, float]]:
-    prompts, _ = training_prompts(config.data, config.cache, config.seed)
+    drawn, _ = training_prompts(config.data, config.cache, config.seed)
+    prompts = with_attacked(drawn, config, start, pools.model, Silent())
     history = config.run_dir / f"history-{config.learn.objective}-{config.seed}.jsonl"
     history.write_text("")
     loop = asyncio.new_event_loop()

@@ -20,6 +20,7 @@ import ray
 
 from spo.algorithms.objectives import is_informative
 from spo.artifact import SteeringArtifact, write_atomic
+from spo.attack_loop import with_attacked
 from spo.config import RunConfig
 from spo.engines.base import Sampler
 from spo.errors import ArtifactError, DataError
@@ -192,7 +193,8 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     )
     history = config.run_dir / f"history-{digest}.jsonl"
     history.touch()
-    coordinator = _start_coordinator(config, task.prompts, pools.prefix, history)
+    prompts = with_attacked(task.prompts, config, start, pools.model, reporter)
+    coordinator = _start_coordinator(config, prompts, pools.prefix, history)
     settings = TrainLoopSettings(
         model="fake" if config.engine.backend == "fake" else pools.model.path,
         revision=pools.model.revision,

@@ -6,6 +6,7 @@ the steering directions and in the pixels. Weights are frozen: none ever require
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,7 @@ from spo.engines.base import (
     receipt_for,
 )
 from spo.engines.batching import chunks, grouped, sampling_options, seed_sampling
-from spo.engines.hf_capture import capture
+from spo.engines.hf_capture import PooledReader
 from spo.engines.identity import check_belongs, find_blocks, folder_revision, model_identity
 from spo.engines.loading import load_model
 from spo.engines.plan import (
@@ -88,6 +89,9 @@ class HfEngine:
         self.decoder: nn.Module = self.model.get_decoder()
         self.blocks = find_blocks(self.decoder, self.model.config.get_text_config())
         self.answer_scores = PrefixRunner(self.model, list(self.blocks), self.steered).scores
+        self.turn = threading.Lock()
+        """Held while the model computes for `generate` and `capture`, which threads may share."""
+        self._reader = PooledReader(self)
         self._table = VectorTable()
         self._info = EngineInfo(
             model_id=model_identity(model),
@@ -115,6 +119,7 @@ class HfEngine:
         return True
 
     def close(self) -> None:
+        self._reader.close()
         del self.model, self.decoder, self.blocks, self.answer_scores
 
     def plan(self, spec: SteeringSpec | None) -> SteeringPlan | None:
@@ -131,7 +136,8 @@ class HfEngine:
             plan = self.plan(steering)
             receipt = receipt_for(steering, self._table.get(steering)) if steering else None
             for chunk in chunks(indices, self.batch_size):
-                rollouts = self._generate([requests[i] for i in chunk], plan, receipt)
+                with self.turn:
+                    rollouts = self._generate([requests[i] for i in chunk], plan, receipt)
                 results.update(zip(chunk, rollouts, strict=True))
         return [results[i] for i in range(len(requests))]
 
@@ -150,13 +156,20 @@ class HfEngine:
         return [results[i] for i in range(len(requests))]
 
     def capture(self, requests: Sequence[CaptureRequest]) -> list[Capture]:
-        return capture(self, requests)
+        return self._reader.read(requests)
 
     def prepare(
-        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[int]] | None = None,
+        *,
+        processor: PromptProcessor | None = None,
     ) -> TokenBatch:
-        """Tokens of prompts with given answers (none: prompts alone), on the engine's device."""
-        encoded = self.prompts.encode(prompts)
+        """Tokens of prompts with given answers (none: prompts alone), on the engine's device.
+
+        `processor` is a thread's own copy of `self.prompts`.
+        """
+        encoded = (processor or self.prompts).encode(prompts)
         input_ids, attention = encoded.pop("input_ids"), encoded.pop("attention_mask")
         extras = {
             name: value.to(self.device)

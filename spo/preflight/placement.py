@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spo.config import RunConfig
+from spo.config import AttackConfig, RunConfig
 from spo.errors import StageError
 
 _SLACK = 1e-6
@@ -84,13 +84,18 @@ def phases_of(config: RunConfig, stages: Sequence[str]) -> dict[str, list[Role]]
         labels=learn.labels,
         setting="learn.workers or learn.num_gpus",
     )
-    attacks = Role(
-        name="picture attack",
-        count=min(1, sum(attack.kind == "pgd" for attack in config.evaluate.attacks)),
-        cpus=1,
-        gpus=gpus,
-        setting="learn.num_gpus or evaluate.attacks",
-    )
+
+    def attacks(where: str, listed: Sequence[AttackConfig]) -> Role:
+        return Role(
+            name="picture attack",
+            count=min(1, sum(attack.kind == "pgd" for attack in listed)),
+            cpus=1,
+            gpus=gpus,
+            setting=f"learn.num_gpus or {where}.attacks",
+        )
+
+    in_loop = attacks("data", config.data.attacks)
+    in_evaluation = attacks("evaluate", config.evaluate.attacks)
     known = {
         "extract": [
             Role(
@@ -103,8 +108,8 @@ def phases_of(config: RunConfig, stages: Sequence[str]) -> dict[str, list[Role]]
             ),
             Role(name="reader", count=1, cpus=1, gpus=0, setting="extract.workers"),
         ],
-        "train": [engines, scorers, learners],
-        "evaluate": [engines, attacks, *([scorers] if "train" in stages else [])],
+        "train": [engines, scorers, learners, in_loop],
+        "evaluate": [engines, in_evaluation, *([scorers] if "train" in stages else [])],
     }
     return {stage: known[stage] for stage in stages}
 

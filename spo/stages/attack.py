@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import GetTimeoutError
 
+from spo.artifact import write_atomic
 from spo.config import AttackConfig, LearnConfig
+from spo.engines.identity import folder_revision
 from spo.errors import StageError
 from spo.records import Prompt, SteeringSpec
 
@@ -112,6 +116,65 @@ def _written(job: AttackJob, name: str, result: PgdResult) -> dict[str, Any]:
         "clean": str(job.picture),
         "attacked": str(path),
     }
+
+
+def pictures_of(
+    jobs: Sequence[AttackJob],
+    note: Callable[[str], None],
+    step: Callable[[int, int, str], None],
+) -> dict[str, dict[str, Any]]:
+    """Curve and pictures of every job by its name; those that are there are kept.
+
+    Args:
+        jobs: attacks, those of one name alike.
+        note: told what has to be made.
+        step: told how far it is: done, total, what.
+
+    Errors as in `run_attacks`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    missing: dict[str, AttackJob] = {}
+    for job in jobs:
+        kept = _kept(job)
+        if kept is None:
+            missing[job.name] = job
+        else:
+            found[job.name] = kept
+    if missing:
+        note(f"{len(missing)} picture attacks: {', '.join(missing)}")
+
+    def done(job: AttackJob, curve: dict[str, Any]) -> None:
+        attack, _, defence = job.name.partition("--")
+        content = {**curve, "digest": _digest(job), "attack": attack, "defence": defence}
+        content["budget"] = job.config.model_dump(mode="json")
+        write_atomic(job.folder / f"{job.name}.json", json.dumps(content).encode())
+        found[job.name] = content
+        step(
+            sum(name in found for name in missing),
+            len(missing),
+            f"{job.name}: loss {curve['clean_loss']:.2f} -> {curve['attacked_loss']:.2f}",
+        )
+
+    run_attacks(list(missing.values()), done)
+    return found
+
+
+def _digest(job: AttackJob) -> str:
+    model = folder_revision(job.model) if Path(job.model).is_dir() else job.model
+    vector = hashlib.sha256(job.vector).hexdigest()
+    plain = (job.config.model_dump_json(), job.learn.dtype, job.seed, vector, repr(job.steering))
+    content = (model, job.picture.read_bytes(), *plain, repr(job.prompts), repr(job.targets))
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def _kept(job: AttackJob) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads((job.folder / f"{job.name}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if content.get("digest") != _digest(job) or not Path(content["attacked"]).is_file():
+        return None
+    return content
 
 
 def run_attacks(

@@ -211,6 +211,7 @@ def _measure_engine(
     result.facts["matrix_tflops"] = round(rate / 1e12, 2)
     engine = HfEngine(model, dtype=sizes["dtype"], device=device)
     blocks = engine.info.num_layers
+    _measure_parts(engine, prompts[: max(sizes["batches"])], result)
     for layers in (tuple(range(blocks)), tuple(range(blocks * 7 // 16 + 1))):
         for batch in sizes["batches"]:
             if time.monotonic() > deadline:
@@ -239,6 +240,27 @@ def _measure_engine(
     del engine
     if device == "cuda":
         torch.cuda.empty_cache()
+
+
+def _measure_parts(engine: Any, prompts: Sequence[Prompt], result: ExtractBench) -> None:
+    """Where the time goes: preparing by one thread, and the model alone, milliseconds a prompt."""
+    from spo.engines.hf_capture import preparers, read_pooled
+
+    layers = tuple(range(engine.info.num_layers))
+    requests = [_request(prompt, layers) for prompt in prompts]
+    batch = engine.prepare(prompts)
+    read_pooled(engine, batch, requests, layers)
+    for name, part in (
+        ("prepare_ms", lambda: engine.prepare(prompts)),
+        ("model_ms", lambda: read_pooled(engine, batch, requests, layers)),
+    ):
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            part()
+            times.append(time.perf_counter() - begin)
+        result.facts[name] = round(1000 * min(times) / len(prompts), 2)
+    result.facts["preparers"] = preparers(engine.device)
 
 
 def _request(prompt: Prompt, layers: tuple[int, ...]) -> CaptureRequest:

@@ -192,13 +192,19 @@ def extract(
 def _run(folder: Path, model: str, revision: str | None, config: ExtractConfig) -> None:
     import ray
 
+    hf_on_gpu = config.backend == "hf" and config.num_gpus > 0
     with _checkpointing(folder / "checkpoint", config):
         dataset = ray.data.read_parquet(str(folder / "input"), columns=["row_id", "row"])
         mapped = dataset.repartition(target_num_rows_per_block=config.rows_per_block).map_batches(
             ActivationExtractor,
             fn_constructor_kwargs={"model": model, "revision": revision, "config": config},
             batch_size=config.rows_per_block,
-            compute=ray.data.ActorPoolStrategy(size=config.workers),
+            compute=ray.data.ActorPoolStrategy(
+                size=config.workers,
+                # On a GPU one block is decoded while the model works on another.
+                max_concurrent_calls_per_actor=2 if hf_on_gpu else None,
+                enable_true_multi_threading=True if hf_on_gpu else None,
+            ),
             num_cpus=1,
             num_gpus=config.num_gpus or None,
             label_selector=config.labels,

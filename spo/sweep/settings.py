@@ -230,7 +230,13 @@ def load_sweep(path: Path | None, overrides: Sequence[str] = ()) -> tuple[SweepC
         if keys[0] in run_keys:
             assign_override(base_tree, keys, value, override)
     base_tree["name"] = sweep.name
-    return sweep, validated(RunConfig, base_tree, path)
+    base = validated(RunConfig, base_tree, path)
+    if base.data.attacks:
+        raise ConfigError(
+            f"sweep {sweep.name!r}: its base has {len(base.data.attacks)} data.attacks, and trials "
+            "attack no pictures; set data.attacks=[] and train the chosen setting with them"
+        )
+    return sweep, base
 
 
 def load_finished(folder: Path) -> tuple[SweepConfig, RunConfig]:

@@ -94,15 +94,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "models": [
             # LLaVA has no grouped attention: 0.5 MB a token, so the cache holds a part of 256
             # requests at a time; Qwen's holds them all.
-            {"shape": "llava-1.5-7b", "kv_cache_gib": 60.0},
-            {"shape": "qwen2.5-vl-7b", "kv_cache_gib": 30.0},
+            {"shape": "llava-1.5-7b", "kv_cache_gib": 60.0, "weights_gib": 14.0},
+            {"shape": "qwen2.5-vl-7b", "kv_cache_gib": 30.0, "weights_gib": 16.0},
         ],
     },
     "h200-tp2": {
         **_H200,
         **_TWO_RANKS,
         "options": {**_H200["options"], **_TWO_RANK_OPTIONS},
-        "models": [{"shape": "llava-1.5-7b", "kv_cache_gib": 48.0}],
+        "models": [{"shape": "llava-1.5-7b", "kv_cache_gib": 48.0, "weights_gib": 14.0}],
     },
 }
 """`kv_cache_gib` is shared by the engines of a model on one card."""
@@ -160,7 +160,7 @@ class _Bench:
         for number, model in enumerate(self.sizes["models"]):
             engines = self.sizes["engines"]
             card = cards[number % len(cards)] if cards and ranks == 1 else None
-            share = {"kv_cache_gib": model["kv_cache_gib"] / len(engines)}
+            share = {"kv_cache_gib": _cache_gib(model, len(engines), ranks) / len(engines)}
             for name in engines:
                 self._start_one(name, card, {**model, **share, "engine": name}, ranks)
         steered = [name for name in self.sizes["engines"] if name != "plain"]
@@ -314,6 +314,17 @@ class _Bench:
         """Everything so far; a killed run loses nothing."""
         with self._lock:
             self.result.write(self.output)
+
+
+def _cache_gib(model: Mapping[str, Any], engines: int, ranks: int) -> float:
+    """What the engines of a model share for their caches; less on a card that holds less."""
+    import torch
+
+    wanted = float(model["kv_cache_gib"])
+    if "weights_gib" not in model or not torch.cuda.is_available():
+        return wanted
+    card = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return min(wanted, 0.92 * card - engines * (model["weights_gib"] / ranks + 4.0))
 
 
 def visible_cards() -> list[str]:
