@@ -159,6 +159,8 @@ class ExtractConfig(Slice):
     storage: Literal["float16", "bfloat16"] = "float16"
     """Type on disk; a row that does not fit float16 is set aside with the reason."""
     batch_size: Positive = 32
+    compile: bool = True
+    """`hf` on a GPU: compile the decoder blocks. Half a minute at the start, then faster."""
     rows_per_block: Positive = 128
     """Rows of one written file: what a killed worker loses at most."""
     stall_timeout_s: Positive = 1800

@@ -209,7 +209,7 @@ def _measure_engine(
     result.facts["torch"] = torch.__version__
     rate = _matrix_rate(sizes)
     result.facts["matrix_tflops"] = round(rate / 1e12, 2)
-    engine = HfEngine(model, dtype=sizes["dtype"], device=device)
+    engine = HfEngine(model, dtype=sizes["dtype"], device=device, compiled_capture=True)
     blocks = engine.info.num_layers
     _measure_parts(engine, prompts[: max(sizes["batches"])], result)
     for layers in (tuple(range(blocks)), tuple(range(blocks * 7 // 16 + 1))):

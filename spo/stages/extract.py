@@ -152,6 +152,7 @@ def _open_engine(model: str, revision: str | None, config: ExtractConfig) -> Any
         dtype=config.dtype,
         device="cuda" if config.num_gpus else "cpu",
         batch_size=config.batch_size,
+        compiled_capture=config.compile,
     )
     return engine
 
