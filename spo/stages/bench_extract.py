@@ -219,7 +219,7 @@ def _measure_engine(
                 continue
             engine.batch_size = batch
             requests = [_request(p, layers) for p in prompts[: sizes["rows"]]]
-            engine.capture(requests[: 2 * batch])
+            engine.capture(requests)  # compiles for every length that is timed
             flops = _flops(engine, requests[:batch]) / batch
             begin = time.perf_counter()
             engine.capture(requests)
@@ -273,8 +273,11 @@ def _flops(engine: Any, requests: Sequence[CaptureRequest]) -> float:
     """Floating-point operations of one batch: matrix products and attention that really ran."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    # Counted without compilation: a block first seen under the counter would stay uncompiled.
+    compiled, engine.compiled_capture = engine.compiled_capture, False
     with FlopCounterMode(display=False) as counter:
         engine.capture(requests)
+    engine.compiled_capture = compiled
     return float(counter.get_total_flops())
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from spo.artifact import SteeringArtifact
@@ -16,6 +17,7 @@ from spo.evaluation import load_report, shown_conditions
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
+PICTURE = "adaptive-pgd-16-0--stage1.png"
 ADAPTIVE = "describe adaptive-pgd-16"
 CONDITIONS = {
     *("plain", "image", "describe", "caption", "question", "twin", "text"),
@@ -66,6 +68,18 @@ def test_every_stage_left_its_result(finished: Path) -> None:
     assert spo.vector.sha256 != stage1.vector.sha256
     assert spo.vector.layers == stage1.vector.layers
     assert (finished / "report.html").stat().st_size > 50_000
+
+
+def test_a_share_of_the_training_answers_is_to_attacked_pictures(finished: Path) -> None:
+    record = json.loads((finished / "attack-training" / PICTURE).with_suffix(".json").read_text())
+    assert record["budget"]["adaptive"]
+    assert record["attacked_loss"] != record["clean_loss"]
+    table = pq.ParquetDataset(next((finished / "rollouts").iterdir())).read()
+    names, pictures = table["prompt_id"].to_pylist(), table["image"].to_pylist()
+    images = dict(zip(names, pictures, strict=True))
+    attacked = {key: image for key, image in images.items() if key.endswith("-attacked")}
+    assert 0 < len(attacked) < len(images)
+    assert {Path(image).name for image in attacked.values()} == {PICTURE}
 
 
 def test_engine_and_learner_agree_on_log_probabilities(finished: Path) -> None:
