@@ -126,7 +126,7 @@ def connect(config: RunConfig) -> bool:
     # they wait would stop the others (measured: twenty times slower).
     threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE"}
     try:
-        ray.init(
+        context = ray.init(
             # "local" by name: without it Ray joins any cluster that it finds on this machine.
             address="local" if local else config.ray.address,
             num_cpus=cpus if local else None,
@@ -140,6 +140,9 @@ def connect(config: RunConfig) -> bool:
             f"cannot connect to Ray at {address or 'a local cluster'}: {error}; look at the "
             "address, RAY_AUTH_MODE and the versions with `python -m jobs.doctor`"
         ) from error
+    session = context.address_info.get("session_dir")
+    if local and session:
+        print(f"logs of engines and workers: {session}/logs", flush=True)
     ray.data.DataContext.get_current().enable_progress_bars = sys.stdout.isatty()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     return local

@@ -115,6 +115,8 @@ class EnginePool:
                 label_selector=config.labels,
                 max_restarts=config.max_restarts,
                 max_task_retries=0,
+                # Not inside the placement group of a sweep's trial, which holds its learner alone.
+                scheduling_strategy="DEFAULT",
             ).remote(model, revision, config, seed + i)
             for i in range(config.replicas)
         ]

@@ -182,6 +182,7 @@ class RewardPool:
                 label_selector=config.labels,
                 max_restarts=3,
                 max_concurrency=64,
+                scheduling_strategy="DEFAULT",
             )
             .remote(toxicity, alignment, config)
             for i in range(config.replicas)

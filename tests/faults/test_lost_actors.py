@@ -45,7 +45,7 @@ def pool() -> Iterator[EnginePool]:
 
     ray.init(
         address="local",
-        num_cpus=2,
+        num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,
         namespace="faults",
@@ -141,6 +141,31 @@ def test_callers_of_one_set_of_engines_neither_see_nor_evict_each_other(pool: En
     assert len(mine.generate(asked)) == 6
     mine.retire("mine", 7)  # not held: nothing to drop
     assert len(mine.generate(asked)) == 6
+
+
+class Trial:
+    """What a trial of a sweep with engines of its own does."""
+
+    def start(self) -> str:
+        one = CONFIG.model_copy(update={"replicas": 1})
+        own = EnginePool.start("fake", None, one, prefix="trial", seed=0)
+        try:
+            return own.info.model_id
+        finally:
+            own.close()
+
+
+def test_engines_start_outside_the_placement_group_of_a_trial(pool: EnginePool) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = placement_group([{"CPU": 0.1}])  # as Ray Tune makes one for every trial
+    inside = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    trial = ray.remote(Trial).options(num_cpus=0.1, scheduling_strategy=inside).remote()
+    assert ray.get(trial.start.remote(), timeout=240) == pool.info.model_id
+    ray.kill(trial)
+    remove_placement_group(group)
 
 
 def test_a_vector_that_nobody_published_is_an_error_and_never_an_unsteered_answer(
