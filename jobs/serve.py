@@ -125,13 +125,14 @@ def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
         keys.append(key)
     settings = settings_of(config, _named(arguments.artifact), keys)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     # Ray Serve's own 5 s are too short for a proxy that starts on a busy machine.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # Ray's workers run at niceness 15, as befits batch jobs; people wait for these answers.
     os.environ.setdefault("RAY_worker_niceness", "0")
     with command.cluster(config):
+        # Not before: connecting to Ray puts a handler of its own in their place, which aborts.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         print(f"starting {config.engine.backend} on {settings.model} ...", flush=True)
         serve.start(http_options=http_options(limits))
         serve.run(application(settings), name=APP, route_prefix="/")
