@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from spo.errors import ArtifactError
-from spo.records import Operator, Positions
+from spo.records import Operator, Positions, SteeringSpec
 from spo.vector import SITE, SteeringVector
 
 FORMAT = "spo-steering-artifact/1"
@@ -50,6 +50,16 @@ class SteeringArtifact:
     """Content hash of the vector that this one was refined from."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     """Measured figures that ship with it, from `jobs.evaluate`."""
+
+    def spec(self, name: str, version: int = 0) -> SteeringSpec:
+        """How the vector is applied, published under that name and version."""
+        return SteeringSpec(
+            vector=name,
+            version=version,
+            coefficient=self.coefficient,
+            operator=self.operator,
+            positions=self.positions,
+        )
 
     def save(self, folder: Path) -> Path:
         """Write the folder; an interrupted save leaves no half-written artifact behind."""

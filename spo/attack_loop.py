@@ -15,9 +15,8 @@ from spo.artifact import SteeringArtifact
 from spo.config import RunConfig
 from spo.errors import ConfigError
 from spo.progress import Reporter
-from spo.records import Prompt, PromptKind, SteeringSpec
-from spo.resources import TESTBED, ResolvedModel
-from spo.shares import share_of
+from spo.records import Prompt, PromptKind
+from spo.resources import TESTBED, ResolvedModel, harmful_share, target_sentences
 from spo.stages.attack import AttackJob, pictures_of
 
 _FOLDER = "attack-training"
@@ -59,8 +58,8 @@ def with_attacked(
     reporter.stage(f"Attack {len(material.starts)} training picture(s) for Stage II")
     made = pictures_of(jobs, reporter.note, reporter.step)
     pictures = [made[job.name]["attacked"] for job in jobs]
-    chosen = [p.prompt_id for p in prompts if p.kind is PromptKind.HARM and _is_chosen(p, config)]
-    places = {prompt_id: place for place, prompt_id in enumerate(chosen)}
+    chosen = harmful_share(prompts, config.data.attacked_fraction, f"attacked/{config.seed}")
+    places = {prompt.prompt_id: place for place, prompt in enumerate(chosen)}
 
     def attacked(prompt: Prompt) -> Prompt:
         place = places.get(prompt.prompt_id)
@@ -73,11 +72,6 @@ def with_attacked(
         return replace(request, prompt_id=f"{prompt.prompt_id}-attacked", image=picture)
 
     return [attacked(prompt) for prompt in prompts]
-
-
-def _is_chosen(prompt: Prompt, config: RunConfig) -> bool:
-    share = share_of(f"attacked/{config.seed}/{prompt.prompt_id}")
-    return share < config.data.attacked_fraction
 
 
 def _material(prompts: Sequence[Prompt], config: RunConfig) -> _Material:
@@ -100,25 +94,17 @@ def _material(prompts: Sequence[Prompt], config: RunConfig) -> _Material:
             "data.attack_targets_file (one harmful sentence a line, others than the evaluation's); "
             f"got {len(pictures)} pictures and {file}"
         )
-    lines = [line.strip() for line in file.read_text().splitlines()]
     harm = [prompt for prompt in prompts if prompt.kind is PromptKind.HARM]
     return _Material(
         requests=harm[:16],
         starts=[Path(path) for path in list(pictures)[:count]],
-        targets=tuple(line for line in lines if line),
+        targets=target_sentences(file),
     )
 
 
 def _jobs(
     config: RunConfig, material: _Material, start: SteeringArtifact, model: ResolvedModel
 ) -> list[AttackJob]:
-    spec = SteeringSpec(
-        vector=_VECTOR,
-        version=0,
-        coefficient=start.coefficient,
-        operator=start.operator,
-        positions=start.positions,
-    )
     return [
         AttackJob(
             name=f"{attack.name}-{number}--{_VECTOR if attack.adaptive else 'none'}",
@@ -132,7 +118,7 @@ def _jobs(
             learn=config.learn,
             seed=config.seed + _OTHER_TARGETS + number,
             vector=start.vector.to_bytes() if attack.adaptive else b"",
-            steering=spec if attack.adaptive else None,
+            steering=start.spec(_VECTOR) if attack.adaptive else None,
         )
         for attack in config.data.attacks
         for number, picture in enumerate(material.starts)

@@ -24,7 +24,7 @@ from spo.engines.plan import DifferentiableEngine
 from spo.evaluation import evaluate
 from spo.pipeline import prepare
 from spo.progress import Reporter, Silent
-from spo.records import Batch, SteeringSpec
+from spo.records import Batch
 from spo.refine import Pools, load_artifact, make_coordinator, train
 from spo.resources import evaluation_inputs, open_judge, training_prompts
 from spo.stage1 import STAGE1, run_estimate, run_extract
@@ -148,13 +148,7 @@ def _measure(
     spec = None
     if vector is not None:
         pools.rollouts.publish(name, vector, 0)
-        spec = SteeringSpec(
-            vector=name,
-            version=0,
-            coefficient=start.coefficient,
-            operator=start.operator,
-            positions=start.positions,
-        )
+        spec = start.spec(name)
     inputs = evaluation_inputs(config)
     report = evaluate(
         pools.rollouts,

@@ -134,6 +134,20 @@ def training_prompts(
     return _with_drawn_words(harm + benign, config, cache, seed, PICTURE_SIZE), bad
 
 
+def harmful_share(prompts: Sequence[Prompt], fraction: float, draw: str) -> list[Prompt]:
+    """A share of the harmful prompts, chosen by a hash of their ids; `draw` names the draw."""
+    return [
+        prompt
+        for prompt in prompts
+        if prompt.kind is PromptKind.HARM and share_of(f"{draw}/{prompt.prompt_id}") < fraction
+    ]
+
+
+def target_sentences(file: Path) -> tuple[str, ...]:
+    """What picture attacks aim at: one sentence a line."""
+    return tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+
+
 def _with_drawn_words(
     prompts: Sequence[Prompt], config: DataConfig, cache: Path, seed: int, size: int
 ) -> list[Prompt]:
@@ -144,11 +158,7 @@ def _with_drawn_words(
 
     side = config.picture_size or size
 
-    def chosen(prompt: Prompt) -> bool:
-        share = share_of(f"typographic/{seed}/{prompt.prompt_id}")
-        return prompt.kind is PromptKind.HARM and share < config.typographic_fraction
-
-    attacked = [prompt for prompt in prompts if chosen(prompt)]
+    attacked = harmful_share(prompts, config.typographic_fraction, f"typographic/{seed}")
     drawn = typographic_prompts(attacked, lambda text: draw_text(text, side), cache / "typographic")
     by_id = {prompt.prompt_id: prompt for prompt in drawn}
     return [by_id.get(prompt.prompt_id, prompt) for prompt in prompts]
@@ -298,8 +308,7 @@ def _attack_material(config: EvaluateConfig) -> tuple[Path | None, tuple[str, ..
             "and evaluate.attack_targets_file (one harmful sentence a line); without a picture "
             "attack set evaluate.attacks=[]"
         )
-    lines = config.attack_targets_file.read_text().splitlines()
-    return config.attack_picture, tuple(line.strip() for line in lines if line.strip())
+    return config.attack_picture, target_sentences(config.attack_targets_file)
 
 
 def _attack_prompts(config: RunConfig) -> list[Prompt]:

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from spo.artifact import SteeringArtifact
 from spo.engines.chat import ChatAnswer, ChatDelta, ChatEngine, ChatRequest
 from spo.errors import SteeringError
-from spo.records import SteeringSpec
 from spo.serving.registry import Version
 
 _LOG = logging.getLogger(__name__)
@@ -79,13 +78,7 @@ class EngineHost:
                 )
             self._make_room(name)
             await self.engine.publish(name, artifact.vector, number)
-            spec = SteeringSpec(
-                vector=name,
-                version=number,
-                coefficient=artifact.coefficient,
-                operator=artifact.operator,
-                positions=artifact.positions,
-            )
+            spec = artifact.spec(name, number)
             effect = await self.engine.effect(spec)
             if not effect > _EFFECT:
                 raise SteeringError(

@@ -134,8 +134,9 @@ def pictures_of(
     """
     found: dict[str, dict[str, Any]] = {}
     missing: dict[str, AttackJob] = {}
+    digests = {job.name: _digest(job) for job in jobs}
     for job in jobs:
-        kept = _kept(job)
+        kept = _kept(job, digests[job.name])
         if kept is None:
             missing[job.name] = job
         else:
@@ -145,7 +146,7 @@ def pictures_of(
 
     def done(job: AttackJob, curve: dict[str, Any]) -> None:
         attack, _, defence = job.name.partition("--")
-        content = {**curve, "digest": _digest(job), "attack": attack, "defence": defence}
+        content = {**curve, "digest": digests[job.name], "attack": attack, "defence": defence}
         content["budget"] = job.config.model_dump(mode="json")
         write_atomic(job.folder / f"{job.name}.json", json.dumps(content).encode())
         found[job.name] = content
@@ -160,19 +161,22 @@ def pictures_of(
 
 
 def _digest(job: AttackJob) -> str:
+    from spo.vector import SteeringVector
+
     model = folder_revision(job.model) if Path(job.model).is_dir() else job.model
-    vector = hashlib.sha256(job.vector).hexdigest()
+    # Of the content: the same vector is written in another order each time.
+    vector = SteeringVector.from_bytes(job.vector).sha256 if job.vector else ""
     plain = (job.config.model_dump_json(), job.learn.dtype, job.seed, vector, repr(job.steering))
     content = (model, job.picture.read_bytes(), *plain, repr(job.prompts), repr(job.targets))
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def _kept(job: AttackJob) -> dict[str, Any] | None:
+def _kept(job: AttackJob, digest: str) -> dict[str, Any] | None:
     try:
         content: dict[str, Any] = json.loads((job.folder / f"{job.name}.json").read_text())
     except (OSError, ValueError):
         return None
-    if content.get("digest") != _digest(job) or not Path(content["attacked"]).is_file():
+    if content.get("digest") != digest or not Path(content["attacked"]).is_file():
         return None
     return content
 

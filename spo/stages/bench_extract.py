@@ -243,7 +243,7 @@ def _measure_engine(
 
 
 def _measure_parts(engine: Any, prompts: Sequence[Prompt], result: ExtractBench) -> None:
-    """Where the time goes: preparing by one thread, and the model alone, milliseconds a prompt."""
+    """Milliseconds a prompt: one preparing thread, and the model alone, not compiled."""
     from spo.engines.hf_capture import preparers, read_pooled
 
     layers = tuple(range(engine.info.num_layers))

@@ -204,7 +204,7 @@ def _run(folder: Path, model: str, revision: str | None, config: ExtractConfig) 
                 size=config.workers,
                 # On a GPU one block is decoded while the model works on another.
                 max_concurrent_calls_per_actor=2 if hf_on_gpu else None,
-                enable_true_multi_threading=True if hf_on_gpu else None,
+                enable_true_multi_threading=hf_on_gpu or None,
             ),
             num_cpus=1,
             num_gpus=config.num_gpus or None,

@@ -42,13 +42,7 @@ def compare_heldout(outcome: Outcome, pools: Pools, reporter: Reporter) -> None:
         artifact = SteeringArtifact.load(folder.trial(digest) / "artifact", model_id=None)
         published = f"heldout-{name}-{digest}"
         pools.rollouts.publish(published, artifact.vector, 0)
-        defences[name] = SteeringSpec(
-            vector=published,
-            version=0,
-            coefficient=artifact.coefficient,
-            operator=artifact.operator,
-            positions=artifact.positions,
-        )
+        defences[name] = artifact.spec(published)
     from spo.scorers.alignment import AlignmentScorer
 
     report = evaluate(
