@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--engines", help="comma-separated: plain, and the operator's forms kernel, traced"
     )
+    engine.add_argument("--batches", help="comma-separated: how many requests at once")
     engine.add_argument("--output", type=Path, default=Path("runs/bench-engine"))
     engine.add_argument("--time-limit", type=float, default=480.0, metavar="SECONDS")
     engine.add_argument("--repeats", type=int, default=1)
@@ -55,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     learner.add_argument("--preset", default="tiny", choices=("tiny", "h200"))
     learner.add_argument("--output", type=Path, default=Path("runs/bench-learner"))
     learner.add_argument("--time-limit", type=float, default=300.0, metavar="SECONDS")
+    learner.add_argument(
+        "--gpus", type=int, default=1, choices=(1, 2), help="2: engine and learner on a card each"
+    )
+    learner.add_argument("--tokens", type=int, help="length of an answer")
     learner.add_argument("--no-loop", action="store_true", help="only the step")
     objectives = kinds.add_parser("objectives", help="all objectives of Stage II side by side")
     objectives.add_argument("--config", type=Path, metavar="FILE")
@@ -93,6 +98,7 @@ def _engine(chosen: argparse.Namespace) -> None:
             time_limit=chosen.time_limit,
             repeats=chosen.repeats,
             engines=chosen.engines.split(",") if chosen.engines else None,
+            batches=[int(n) for n in chosen.batches.split(",")] if chosen.batches else None,
         )
     except SpoError as error:
         print(f"error: {error}; engine logs are in {chosen.output}", file=sys.stderr)
@@ -104,8 +110,16 @@ def _engine(chosen: argparse.Namespace) -> None:
 def _learner(chosen: argparse.Namespace) -> None:
     from spo.learner_bench import run
 
-    limit, loop = chosen.time_limit, not chosen.no_loop
-    print(run(chosen.preset, chosen.output, time_limit=limit, loop=loop))
+    print(
+        run(
+            chosen.preset,
+            chosen.output,
+            time_limit=chosen.time_limit,
+            loop=not chosen.no_loop,
+            gpus=chosen.gpus,
+            tokens=chosen.tokens,
+        )
+    )
 
 
 def _objectives(chosen: argparse.Namespace) -> None:

@@ -20,7 +20,6 @@ from spo.resources import TESTBED, ResolvedModel, harmful_share, target_sentence
 from spo.stages.attack import AttackJob, pictures_of
 
 _FOLDER = "attack-training"
-_VECTOR = "stage1"
 _OTHER_TARGETS = 4099
 """Added to the seed: the evaluation's attacks aim at other sentences."""
 
@@ -105,9 +104,10 @@ def _material(prompts: Sequence[Prompt], config: RunConfig) -> _Material:
 def _jobs(
     config: RunConfig, material: _Material, start: SteeringArtifact, model: ResolvedModel
 ) -> list[AttackJob]:
+    start_name = config.learn.start
     return [
         AttackJob(
-            name=f"{attack.name}-{number}--{_VECTOR if attack.adaptive else 'none'}",
+            name=f"{attack.name}-{number}--{start_name if attack.adaptive else 'none'}",
             model=attack.made_on or model.path,
             revision=None if attack.made_on else model.revision,
             picture=picture,
@@ -118,7 +118,7 @@ def _jobs(
             learn=config.learn,
             seed=config.seed + _OTHER_TARGETS + number,
             vector=start.vector.to_bytes() if attack.adaptive else b"",
-            steering=start.spec(_VECTOR) if attack.adaptive else None,
+            steering=start.spec(start_name) if attack.adaptive else None,
         )
         for attack in config.data.attacks
         for number, picture in enumerate(material.starts)

@@ -120,6 +120,9 @@ class LearnConfig(Slice):
     objective: Literal["dpo", "simpo", "bipo", "reps", "rloo", "gspo"] = "rloo"
     artifact: Annotated[str, Field(pattern=r"^[\w-]+$")] = "spo"
     """Folder of the run that the vector is written to; a baseline of the same run needs its own."""
+    start: Annotated[str, Field(pattern=r"^[\w-]+$")] = "stage1"
+    """Artifact of the run to begin with. One that was trained before makes another round, whose
+    `adaptive` attacks (`data.attacks`) go through that vector."""
     steps: Positive = 20
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     """About how far one step moves a layer's vector, relative to the mean hidden norm."""
@@ -173,6 +176,8 @@ class LearnConfig(Slice):
     def _consistent(self) -> LearnConfig:
         if not self.train:
             raise ValueError("'train' must name at least one of directions, coefficients, gates")
+        if self.start == self.artifact:
+            raise ValueError(f"'start' and 'artifact' are both {self.artifact!r}: name another one")
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers")
         return self

@@ -2,9 +2,9 @@
 
 step: sequences/s of a step with shared prompts and prefix, against the naive step (unsteered pass,
 steered pass, backward; nothing cached, all logits kept), on random weights of a real shape.
-loop: Stage II with engine and learner on one device, at S = 0 and S = 1: seconds a step, and the
-share of the time in which the engine waits for the learner. Rewards are drawn from the answers'
-hashes: the shape of the work is real, what is learned means nothing.
+loop: Stage II with engine and learner on one device, or on a card each, at S = 0 and S = 1: seconds
+a step, and the share of the time in which the engine waits for the learner. Rewards are drawn from
+the answers' hashes: the shape of the work is real, what is learned means nothing.
 """
 
 from __future__ import annotations
@@ -65,14 +65,33 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(preset: str, output: Path, *, time_limit: float, loop: bool = True) -> str:
-    """Measure, writing `results.json` after each figure; returns the table."""
-    settings = PRESETS[preset]
+def run(
+    preset: str,
+    output: Path,
+    *,
+    time_limit: float,
+    loop: bool = True,
+    gpus: int = 1,
+    tokens: int | None = None,
+) -> str:
+    """Measure, writing `results.json` after each figure; returns the table.
+
+    Args:
+        preset: key of `PRESETS`.
+        output: folder for results and the model's shape.
+        time_limit: seconds after which nothing new is begun.
+        loop: also measure Stage II's loop.
+        gpus: 1: engine and learner share a card; 2: the learner has the second one.
+        tokens: length of an answer; the preset's own if absent.
+    """
+    settings = {**PRESETS[preset], **({"tokens": tokens} if tokens else {}), "gpus": gpus}
+    if settings["device"] == "cuda" and gpus > 1:
+        torch.cuda.set_device(gpus - 1)
     output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + time_limit
     folder = write_shape(settings["shape"], output / "shape")
     (folder / "BENCHMARK_SHAPE").write_text("random weights\n")
-    results: dict[str, Any] = {"preset": preset, "rows": {}, "device": _device(settings["device"])}
+    results: dict[str, Any] = {"preset": preset, "rows": {}, "device": _device(settings)}
 
     def keep(name: str, figures: dict[str, float] | str) -> None:
         results["rows"][name] = figures
@@ -167,17 +186,20 @@ def _measure_loop(
     import ray
 
     gpu = settings["device"] == "cuda"
+    alone = settings["gpus"] > 1
     config = EngineConfig(
         backend="vllm",
         dtype=settings["dtype"],
         max_model_len=1024,
         memory_gib=0.2,
         gpu_memory_utilization=0.4,
-        num_gpus=0.5 if gpu else 0.0,
+        num_gpus=(1.0 if alone else 0.5) if gpu else 0.0,
     )
     started = not ray.is_initialized()
     if started:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False)
+        # Ray gives out the first card alone; the learner, here in the driver, has the last one.
+        cards = {"num_gpus": 1} if gpu else {}
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, **cards)
     pool = EnginePool.start(str(folder), None, config, prefix=f"bench-{staleness}", seed=0)
     try:
         return _loop(engine, pool, prompts, settings, staleness, time.monotonic() + limit_s)
@@ -340,8 +362,9 @@ def _peak(engine: HfEngine) -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def _device(kind: str) -> str:
-    return torch.cuda.get_device_name() if kind == "cuda" else "CPU"
+def _device(settings: dict[str, Any]) -> str:
+    card = torch.cuda.get_device_name() if settings["device"] == "cuda" else "CPU"
+    return f"{settings['gpus']} x {card}, answers of {settings['tokens']} tokens"
 
 
 def _table(results: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ from spo.resources import (
     toxicity_arguments,
     training_prompts,
 )
-from spo.stage1 import STAGE1, build_artifact
+from spo.stage1 import build_artifact
 from spo.stages.coordinator import VECTOR_NAME, Coordinator, Scorer, Settings
 from spo.stages.learn import TrainLoopSettings, fit
 from spo.stages.learner import Update
@@ -168,18 +168,18 @@ def _note_path(config: RunConfig) -> Path:
 
 def trained(config: RunConfig) -> SteeringArtifact | None:
     """The artifact of a run whose Stage II is finished; asks no engine."""
-    folder = config.run_dir / STAGE1
+    folder = config.run_dir / config.learn.start
     if not folder.is_dir():
         return None
     return Task.of(config, SteeringArtifact.load(folder, model_id=None)).finished(config)
 
 
 def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringArtifact:
-    """Stage II: refine the Stage I vector.
+    """Stage II: refine the Stage I vector, or the one that `learn.start` names.
 
     Continues an interrupted run of the same name; a finished one is returned as it is.
     """
-    task = Task.of(config, load_artifact(config, STAGE1, pools))
+    task = Task.of(config, load_artifact(config, config.learn.start, pools))
     start, digest = task.start, task.digest
     keep_quarantined(config, "training prompts", task.unusable)
     done = task.finished(config)
@@ -249,7 +249,9 @@ def load_artifact(config: RunConfig, name: str, pools: Pools) -> SteeringArtifac
     """An artifact of this run, checked against the model that the engines hold."""
     folder = config.run_dir / name
     if not folder.is_dir():
-        raise DataError(f"{folder} does not exist; run jobs.estimate (or jobs.pipeline) first")
+        raise DataError(
+            f"{folder} does not exist; run jobs.estimate, or for a trained one jobs.train, first"
+        )
     held = pools.rollouts.info
     return SteeringArtifact.load(folder, model_id=held.model_id, model_revision=held.model_revision)
 

@@ -21,6 +21,7 @@ import torch
 
 from spo.artifact import SteeringArtifact
 from spo.engines.identity import folder_revision, model_identity
+from spo.engines.vllm_plugin.bench import visible_cards
 from spo.errors import EngineError
 from spo.records import Operator, Positions
 from spo.serving.bench_result import Result
@@ -111,7 +112,7 @@ class Bench:
         command += ["--limit-mm-per-prompt", '{"image": 4, "video": 0}', *self.dummy]
         if sizes["gpu_memory"]:
             command += ["--gpu-memory-utilization", str(sizes["gpu_memory"])]
-            devices = {"CUDA_VISIBLE_DEVICES": str(torch.cuda.device_count() - 1)}
+            devices = {"CUDA_VISIBLE_DEVICES": visible_cards()[-1]}
         else:
             bytes_ = int(sizes["memory_gib"] * (1 << 30))
             command += ["--kv-cache-memory-bytes", str(bytes_), "--enforce-eager"]
@@ -157,7 +158,7 @@ class Bench:
             f"serve.engine_options={json.dumps(options)}",
         ]
         base = f"http://127.0.0.1:{port}"
-        environment = {"CUDA_VISIBLE_DEVICES": "0"} if on_gpu else {}
+        environment = {"CUDA_VISIBLE_DEVICES": visible_cards()[0]} if on_gpu else {}
         server = Server(
             "our server", command, self.output / "serve.log", f"{base}/readyz", environment
         )

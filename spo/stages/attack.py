@@ -49,6 +49,19 @@ class AttackJob:
     steering: SteeringSpec | None = None
     """How that vector is applied."""
 
+    @property
+    def digest(self) -> str:
+        """Names everything that the pictures depend on, the model's files included."""
+        from spo.vector import SteeringVector
+
+        model = folder_revision(self.model) if Path(self.model).is_dir() else self.model
+        # Of the content: the same vector is written in another order each time.
+        vector = SteeringVector.from_bytes(self.vector).sha256 if self.vector else ""
+        plain = (self.config.model_dump_json(), self.learn.dtype, self.seed, vector)
+        asked = (repr(self.steering), repr(self.prompts), repr(self.targets))
+        content = (model, self.picture.read_bytes(), *plain, *asked)
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
 
 def attack_picture(job: AttackJob) -> dict[str, Any]:
     """Run the attack; writes the pictures and returns curves and paths. A plain function."""
@@ -134,7 +147,7 @@ def pictures_of(
     """
     found: dict[str, dict[str, Any]] = {}
     missing: dict[str, AttackJob] = {}
-    digests = {job.name: _digest(job) for job in jobs}
+    digests = {job.name: job.digest for job in jobs}
     for job in jobs:
         kept = _kept(job, digests[job.name])
         if kept is None:
@@ -158,17 +171,6 @@ def pictures_of(
 
     run_attacks(list(missing.values()), done)
     return found
-
-
-def _digest(job: AttackJob) -> str:
-    from spo.vector import SteeringVector
-
-    model = folder_revision(job.model) if Path(job.model).is_dir() else job.model
-    # Of the content: the same vector is written in another order each time.
-    vector = SteeringVector.from_bytes(job.vector).sha256 if job.vector else ""
-    plain = (job.config.model_dump_json(), job.learn.dtype, job.seed, vector, repr(job.steering))
-    content = (model, job.picture.read_bytes(), *plain, repr(job.prompts), repr(job.targets))
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def _kept(job: AttackJob, digest: str) -> dict[str, Any] | None:

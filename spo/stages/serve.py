@@ -35,6 +35,8 @@ from spo.stages.serve_backend import RayBackend, cause_of
 from spo.stages.serve_metrics import EngineGauges, RayMeter
 
 APP = "spo"
+_QUIET = {"enable_access_log": False}
+"""The gateway's own line for each request says more than Serve's."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -260,8 +262,7 @@ def application(settings: ServeSettings) -> serve.Application:
         name="registry",
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
-        # Gateways ask every second.
-        logging_config={"enable_access_log": False},
+        logging_config=_QUIET,
     )
     scaling: dict[str, Any] = {"num_replicas": limits.min_engines}
     if limits.max_engines > limits.min_engines:
@@ -275,6 +276,7 @@ def application(settings: ServeSettings) -> serve.Application:
     engines = serve.deployment(EngineReplica).options(
         name="engine",
         max_ongoing_requests=2 * engine.max_num_seqs + 8,
+        logging_config=_QUIET,
         ray_actor_options={"num_cpus": 1, "num_gpus": engine.num_gpus},
         **scaling,
         **health,
@@ -284,6 +286,7 @@ def application(settings: ServeSettings) -> serve.Application:
         num_replicas=limits.gateways,
         # Well above what is admitted, so that refusals come at once and from us, with 429.
         max_ongoing_requests=8 * limits.max_in_flight + 64,
+        logging_config=_QUIET,
         ray_actor_options={"num_cpus": 0},
         **health,
     )

@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from spo.artifact import SteeringArtifact
 from spo.attack_loop import with_attacked
-from spo.config import AttackConfig, DataConfig, RunConfig
+from spo.config import AttackConfig, DataConfig, LearnConfig, RunConfig
 from spo.errors import ConfigError
 from spo.progress import Silent
 from spo.records import Operator, Positions, Prompt, PromptKind
 from spo.resources import ResolvedModel
+from spo.stages.attack import AttackJob, pictures_of
 from spo.sweep.settings import load_sweep
 from spo.vector import SteeringVector
 
 PROMPTS = [Prompt(prompt_id=f"p{i}", text="You", kind=PromptKind.HARM) for i in range(8)]
 MODEL = ResolvedModel(path="model", revision=None)
+
+
+def job(folder: Path, *, vector: bytes, targets: tuple[str, ...] = ("bad",)) -> AttackJob:
+    """An adaptive attack on a model of one file."""
+    model, picture = folder / "model", folder / "clean.png"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text("{}")
+    Image.new("RGB", (4, 4), "red").save(picture)
+    return AttackJob(
+        name="adaptive-pgd-16-0--stage1",
+        model=str(model),
+        revision=None,
+        picture=picture,
+        folder=folder / "attack-training",
+        prompts=PROMPTS,
+        targets=targets,
+        config=AttackConfig(adaptive=True),
+        learn=LearnConfig(),
+        seed=0,
+        vector=vector,
+        steering=artifact().spec("stage1"),
+    )
 
 
 def artifact() -> SteeringArtifact:
@@ -28,7 +53,7 @@ def artifact() -> SteeringArtifact:
         mean_norms=torch.ones(1),
         calibration=torch.zeros(1, 4),
         model_id="model",
-        model_revision=None,
+        model_revision="r",
     )
     return SteeringArtifact(
         vector=vector,
@@ -69,3 +94,29 @@ def test_a_sweep_refuses_a_base_that_attacks(tmp_path: Path) -> None:
     file.write_text("base: base.yaml\nspace: {learn.learning_rate: {choices: [0.1]}}\n")
     with pytest.raises(ConfigError, match=r"set data.attacks=\[\]"):
         load_sweep(file)
+
+
+def test_pictures_are_found_again_by_what_they_depend_on(tmp_path: Path) -> None:
+    vector = artifact().vector
+    made = job(tmp_path, vector=vector.to_bytes())
+    attacked = made.folder / f"{made.name}.png"
+    made.folder.mkdir()
+    attacked.touch()
+    curve = {"digest": made.digest, "attacked": str(attacked), "clean_loss": 2.0}
+    (made.folder / f"{made.name}.json").write_text(json.dumps(curve))
+
+    notes: list[str] = []
+    # A vector's bytes differ from one writing to the next; what counts is its content.
+    for _ in range(8):
+        again = job(tmp_path, vector=SteeringVector.from_bytes(vector.to_bytes()).to_bytes())
+        assert pictures_of([again], notes.append, lambda *_: None) == {made.name: curve}
+    assert notes == []
+
+    turned = vector.replace(directions=-vector.directions)
+    assert job(tmp_path, vector=turned.to_bytes()).digest != made.digest
+    assert job(tmp_path, vector=vector.to_bytes(), targets=("worse",)).digest != made.digest
+
+
+def test_a_round_starts_from_another_artifact_than_it_writes() -> None:
+    with pytest.raises(ValueError, match="both 'spo'"):
+        LearnConfig(start="spo")

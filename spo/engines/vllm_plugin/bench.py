@@ -344,6 +344,7 @@ def run(
     time_limit: float,
     repeats: int = 1,
     engines: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
     say: Callable[[str], None] = print,
 ) -> BenchResult:
     """Start all engines of a preset at once and measure them in turns.
@@ -354,11 +355,14 @@ def run(
         time_limit: seconds after which nothing new is measured.
         repeats: rounds over all workloads.
         engines: some of plain, kernel, traced; None for the preset's.
+        batches: requests at once; None for the preset's.
         say: receives progress lines.
     """
     sizes = dict(PRESETS[preset])
     if engines is not None:
         sizes["engines"] = list(engines)
+    if batches is not None:
+        sizes["batches"] = list(batches)
     check_entry_point()
     output.mkdir(parents=True, exist_ok=True)
     result = BenchResult(preset=preset)
