@@ -36,7 +36,7 @@ from spo.engines.plan import (
     token_logprobs,
 )
 from spo.engines.prefix import PrefixRunner
-from spo.engines.processing import PromptProcessor
+from spo.engines.processing import PICTURE_INPUTS, PromptProcessor
 from spo.errors import EngineError
 from spo.records import (
     FinishReason,
@@ -47,8 +47,6 @@ from spo.records import (
     SteeringSpec,
 )
 from spo.vector import SteeringVector
-
-_PICTURE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
 
 
 class HfEngine:
@@ -87,7 +85,8 @@ class HfEngine:
         self.model.get_output_embeddings().register_forward_pre_hook(
             lambda _, args: (args[0].contiguous(), *args[1:])
         )
-        self.device = torch.device(device)
+        # With its number: "cuda" means another card in each thread.
+        self.device = next(self.model.parameters()).device
         self.batch_size = batch_size
         self.compiled_capture = compiled_capture
         self.decoder: nn.Module = self.model.get_decoder()
@@ -173,12 +172,12 @@ class HfEngine:
 
         `processor` is a thread's own copy of `self.prompts`.
         """
-        encoded = (processor or self.prompts).encode(prompts)
+        encoded = (processor or self.prompts).encode_each(prompts)
         input_ids, attention = encoded.pop("input_ids"), encoded.pop("attention_mask")
         extras = {
             name: value.to(self.device)
             for name, value in encoded.items()
-            if name in _PICTURE_INPUTS
+            if name in PICTURE_INPUTS
         }
         answers = answers if answers is not None else [()] * len(prompts)
         for prompt, answer in zip(prompts, answers, strict=True):

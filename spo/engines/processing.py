@@ -7,12 +7,14 @@ lost on one side cannot go unnoticed: `check_same_tokens` compares what an engin
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from PIL import Image
+from torch import Tensor
 
 from spo.algorithms.positions import Span, image_spans
 from spo.errors import DataError, EngineError
@@ -20,6 +22,9 @@ from spo.records import Prompt, PromptFormat
 
 MAX_PIXELS = 50_000_000
 """Larger pictures are refused before they are decoded (decompression bombs)."""
+
+PICTURE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
+"""What processors make of pictures and models take."""
 
 _ANIMATED = ("GIF", "PNG", "WEBP", "TIFF")
 
@@ -156,6 +161,27 @@ class PromptProcessor:
                 )
         return encoded
 
+    def encode_each(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """As `encode`; a prompt that comes several times is read and processed once."""
+        distinct = list(dict.fromkeys(prompts))
+        encoded = dict(self.encode(distinct))
+        if len(distinct) == len(prompts):
+            return encoded
+        place = {prompt: row for row, prompt in enumerate(distinct)}
+        rows = [place[prompt] for prompt in prompts]
+        pictured = [row for row, prompt in enumerate(distinct) if prompt.image is not None]
+        pictures = [pictured.index(row) for row in rows if row in pictured]
+        repeated = {}
+        for name, value in encoded.items():
+            if name in PICTURE_INPUTS:
+                parts = _by_picture(name, value, encoded)
+                if len(parts) != len(pictured):
+                    return dict(self.encode(prompts))  # pictures in a number of tiles each
+                repeated[name] = torch.cat([parts[number] for number in pictures])
+            else:
+                repeated[name] = value[rows]
+        return repeated
+
     def prompt_tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """Expanded prompt tokens of one prompt."""
         return tuple(self.encode([prompt])["input_ids"][0].tolist())
@@ -167,6 +193,14 @@ class PromptProcessor:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of answer tokens, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _by_picture(name: str, value: Tensor, encoded: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """A picture input cut into its pictures; Qwen-VL lays the patches of all of them in a row."""
+    if name == "pixel_values" and "image_grid_thw" in encoded:
+        sizes: list[int] = encoded["image_grid_thw"].prod(dim=1).tolist()
+        return value.split(sizes)
+    return value.split(1)
 
 
 def check_same_tokens(prompt: Prompt, expected: Sequence[int], seen: Sequence[int]) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from spo.algorithms.objectives import OBJECTIVES, Groups, Objective
 from spo.config import LearnConfig, SteeringConfig
-from spo.engines.plan import AnswerScores, DifferentiableEngine, SteeringPlan
+from spo.engines.plan import AnswerScores, DifferentiableEngine, SteeringPlan, TokenBatch
 from spo.errors import StageError
 from spo.records import Batch, Operator, PromptKind, ScoredRollout
 from spo.vector import SteeringVector
@@ -27,6 +29,9 @@ from spo.vector import SteeringVector
 VECTOR_FILE = "vector.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
+
+_Part = Sequence[Sequence[ScoredRollout]]
+"""Groups that are computed together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +157,9 @@ class VectorLearner:
         )
         sums = _Sums()
         size = max(1, self._config.micro_batch // max(map(len, groups), default=1))
-        for start in range(0, len(groups), size):
-            self._accumulate(groups[start : start + size], scale, sums, batch)
+        parts = [groups[start : start + size] for start in range(0, len(groups), size)]
+        for part, tokens in self._prepared(parts):
+            self._accumulate(part, tokens, scale, sums, batch)
         benign = self._reduce(batch.step, sums, world)
         rejected = benign > self._config.max_kl and bool(self._safe)
         grad_norm = self._go_back() if rejected else self._step()
@@ -188,17 +194,33 @@ class VectorLearner:
             )
         return tuple(alarms)
 
+    def _prepared(self, parts: Sequence[_Part]) -> Iterator[tuple[_Part, TokenBatch]]:
+        """Each part with its tokens and pictures, made while the part before is computed."""
+
+        def prepare(part: _Part) -> TokenBatch:
+            rollouts = [item.rollout for group in part for item in group]
+            return self._engine.prepare(
+                [rollout.prompt for rollout in rollouts],
+                [rollout.token_ids for rollout in rollouts],
+            )
+
+        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as thread:
+            following = [thread.submit(prepare, part) for part in parts[:1]]
+            for part, after in zip_longest(parts, parts[1:]):
+                tokens = following.pop().result()
+                if after is not None:
+                    following.append(thread.submit(prepare, after))
+                yield part, tokens
+
     def _accumulate(
         self,
-        groups: Sequence[Sequence[ScoredRollout]],
+        groups: _Part,
+        batch: TokenBatch,
         scale: _Scale,
         sums: _Sums,
         whole: Batch,
     ) -> None:
         scored = [item for group in groups for item in group]
-        batch = self._engine.prepare(
-            [item.rollout.prompt for item in scored], [item.rollout.token_ids for item in scored]
-        )
         sign = _sign(whole.step) if self._objective.random_sign else 1.0
         plans = [self._plan(sign)] + ([self._null_plan()] if self._objective.nulled else [])
         scores = self._engine.answer_scores(
