@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -219,10 +219,12 @@ def _digest(content: object) -> str:
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply `key.sub=value` overrides, validate.
 
+    A file may begin with `base: FILE`, another one beside it: its own keys are laid over that.
+
     Raises:
         ConfigError: the file cannot be read, or a key is unknown or out of range; names the key.
     """
-    tree: dict[str, Any] = {} if path is None else read_yaml(path)
+    tree: dict[str, Any] = {} if path is None else read_run(path)
     for override in overrides:
         assign_override(tree, *split_override(override), override)
     return validated(RunConfig, tree, path)
@@ -254,6 +256,30 @@ def split_override(override: str) -> tuple[list[str], Any]:
     if not sign or not key:
         raise ConfigError(f"expected key.sub=value, got {override!r}, e.g. learn.steps=10")
     return key.split("."), _parse_value(value)
+
+
+def read_run(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a run's file over those of its `base`; ConfigError when bases go in a circle."""
+    if path.resolve() in above:
+        raise ConfigError(f"{path} is a base of itself: {' -> '.join(map(str, above))}")
+    tree = read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: 'base' names a file beside it, got {base!r}")
+    whole = read_run(path.parent / base, (*above, path.resolve()))
+    merge(whole, tree)
+    return whole
+
+
+def merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Lay changes over a tree in place; groups of settings join, values and lists replace."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            merge(tree[key], value)
+        else:
+            tree[key] = value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -175,9 +175,7 @@ class HfEngine:
         encoded = (processor or self.prompts).encode_each(prompts)
         input_ids, attention = encoded.pop("input_ids"), encoded.pop("attention_mask")
         extras = {
-            name: value.to(self.device)
-            for name, value in encoded.items()
-            if name in PICTURE_INPUTS
+            name: value.to(self.device) for name, value in encoded.items() if name in PICTURE_INPUTS
         }
         answers = answers if answers is not None else [()] * len(prompts)
         for prompt, answer in zip(prompts, answers, strict=True):

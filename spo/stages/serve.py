@@ -37,6 +37,15 @@ from spo.stages.serve_metrics import EngineGauges, RayMeter
 APP = "spo"
 _QUIET = {"enable_access_log": False}
 """The gateway's own line for each request says more than Serve's."""
+_FAST = {
+    "env_vars": {
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    }
+}
+"""Ray Serve's settings for throughput, of gateways and engines: nothing here blocks its loop, so
+that one is enough, and pictures go to the engine without a detour through the object store."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -277,7 +286,7 @@ def application(settings: ServeSettings) -> serve.Application:
         name="engine",
         max_ongoing_requests=2 * engine.max_num_seqs + 8,
         logging_config=_QUIET,
-        ray_actor_options={"num_cpus": 1, "num_gpus": engine.num_gpus},
+        ray_actor_options={"num_cpus": 1, "num_gpus": engine.num_gpus, "runtime_env": _FAST},
         **scaling,
         **health,
     )
@@ -287,7 +296,7 @@ def application(settings: ServeSettings) -> serve.Application:
         # Well above what is admitted, so that refusals come at once and from us, with 429.
         max_ongoing_requests=8 * limits.max_in_flight + 64,
         logging_config=_QUIET,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": _FAST},
         **health,
     )
     held = registry.bind(settings)

@@ -16,6 +16,8 @@ from pydantic import Field, model_validator
 from spo.config import (
     RunConfig,
     assign_override,
+    merge,
+    read_run,
     read_yaml,
     split_override,
     validated,
@@ -223,8 +225,8 @@ def load_sweep(path: Path | None, overrides: Sequence[str] = ()) -> tuple[SweepC
     sweep = validated(SweepConfig, tree, path)
     if sweep.base is not None:
         base_path = sweep.base if path is None else path.parent / sweep.base
-        base_tree = read_yaml(base_path)
-    _merge(base_tree, changes)
+        base_tree = read_run(base_path)
+    merge(base_tree, changes)
     for override in overrides:
         keys, value = split_override(override)
         if keys[0] in run_keys:
@@ -246,14 +248,6 @@ def load_finished(folder: Path) -> tuple[SweepConfig, RunConfig]:
     config = validated(SweepConfig, read_yaml(folder / "sweep.yaml"), folder / "sweep.yaml")
     base = validated(RunConfig, read_yaml(folder / "config.yaml"), folder / "config.yaml")
     return config, base
-
-
-def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
-        else:
-            tree[key] = value
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

@@ -205,3 +205,20 @@ def test_offline_answers_need_an_objective_on_pairs() -> None:
     with pytest.raises(ConfigError, match=r"set learn\.objective to dpo, simpo, bipo or reps"):
         load_config(None, ["rollout.static=true"])
     load_config(None, ["rollout.static=true", "learn.objective=bipo"])
+
+
+def test_a_file_is_laid_over_its_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("learn: {steps: 7, beta: 0.5}\ndata: {harm_prompts: 9}\n")
+    (tmp_path / "own.yaml").write_text("base: base.yaml\nlearn: {steps: 3}\n")
+    config = load_config(tmp_path / "own.yaml", ["data.benign_prompts=4"])
+    assert (config.learn.steps, config.learn.beta) == (3, 0.5)
+    assert (config.data.harm_prompts, config.data.benign_prompts) == (9, 4)
+
+
+@pytest.mark.parametrize(
+    ("base", "said"), [("own.yaml", "base of itself"), ("none.yaml", "No such"), ("[1]", "beside")]
+)
+def test_a_base_that_cannot_be_read_is_named(tmp_path: Path, base: str, said: str) -> None:
+    (tmp_path / "own.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(ConfigError, match=said):
+        load_config(tmp_path / "own.yaml")
