@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,8 @@ from spo.records import GenerateRequest, Sampling
 
 _T = TypeVar("_T")
 _K = TypeVar("_K")
+_P = TypeVar("_P")
+_M = TypeVar("_M")
 
 
 def grouped(items: Sequence[_T], key: Callable[[_T], _K]) -> list[tuple[_K, list[int]]]:
@@ -53,3 +56,16 @@ def sampling_options(sampling: Sampling, image_token_id: int | None) -> dict[str
         "top_p": sampling.top_p,
         "top_k": 0,
     }
+
+
+def made_ahead(parts: Sequence[_P], make: Callable[[_P], _M]) -> Iterator[tuple[_P, _M]]:
+    """Each part with what is made of it, the next one made by a thread while one is used.
+
+    An error of `make` comes out where its part would have come.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        following = [thread.submit(make, part) for part in parts[:1]]
+        for number, part in enumerate(parts):
+            made = following.pop().result()
+            following += [thread.submit(make, after) for after in parts[number + 1 : number + 2]]
+            yield part, made

@@ -101,10 +101,12 @@ class PromptProcessor:
             token = getattr(config, "image_token_id", None)
             self.image_token_id = config.image_token_index if token is None else token
             self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            # Gemma 3 writes one token into the text and expands it to others.
+            self.placeholder = getattr(self.processor, "boi_token", None) or self.image_token
         else:
             self.tokenizer = self._load(transformers.AutoTokenizer, model, revision)
             self.processor = self.tokenizer
-            self.image_token = ""
+            self.image_token = self.placeholder = ""
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "left"
@@ -120,6 +122,11 @@ class PromptProcessor:
                 "weights: copy them from the original model"
             ) from error
 
+    def marker_in(self, text: str) -> str:
+        """The token in a user's text that would stand for a picture; "" if there is none."""
+        markers = (self.placeholder, self.image_token)
+        return next((token for token in markers if token and token in text), "")
+
     def render(self, prompt: Prompt) -> str:
         """The prompt as one string, with one image placeholder where it has a picture."""
         if prompt.image is not None and not self.multimodal:
@@ -127,13 +134,14 @@ class PromptProcessor:
                 f"prompt {prompt.prompt_id!r} has a picture and the model takes text only; "
                 "remove the picture or choose a vision-language model"
             )
-        if self.image_token and self.image_token in prompt.text:
+        token = self.marker_in(prompt.text)
+        if token:
             raise DataError(
-                f"prompt {prompt.prompt_id!r} contains the image placeholder {self.image_token!r} "
-                "in its text; remove it, pictures are given by the field 'image'"
+                f"prompt {prompt.prompt_id!r} contains the image placeholder {token!r} in its "
+                "text; remove it, pictures are given by the field 'image'"
             )
         if prompt.format is PromptFormat.PLAIN:
-            return f"{self.image_token}\n{prompt.text}" if prompt.image else prompt.text
+            return f"{self.placeholder}\n{prompt.text}" if prompt.image else prompt.text
         content: list[dict[str, str]] = [{"type": "text", "text": prompt.text}]
         if prompt.image is not None:
             content.insert(0, {"type": "image"})
@@ -146,12 +154,16 @@ class PromptProcessor:
     def encode(self, prompts: Sequence[Prompt]) -> transformers.BatchFeature:
         """Left-padded tensors of a batch: input_ids, attention_mask, and pixel_values if any."""
         texts = [self.render(prompt) for prompt in prompts]
-        images = [load_image(prompt.image) for prompt in prompts if prompt.image is not None]
+        # A list for each prompt: Gemma 3 tells by it which prompts have none.
+        images = [[load_image(p.image)] if p.image is not None else [] for p in prompts]
         if not self.multimodal:
             encoded = self.tokenizer(texts, return_tensors="pt", padding=True)
         else:
             encoded = self.processor(
-                text=texts, images=images or None, return_tensors="pt", padding=True
+                text=texts,
+                images=images if any(images) else None,
+                return_tensors="pt",
+                padding=True,
             )
         for prompt, length in zip(prompts, encoded["attention_mask"].sum(dim=1), strict=True):
             if length == 0:

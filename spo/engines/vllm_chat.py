@@ -167,11 +167,11 @@ class VllmChatEngine(AsyncVllmEngine):
         return prompt
 
     def _rendered(self, turns: Sequence[Turn]) -> str:
-        marker = self.prompts.image_token
         messages: list[dict[str, Any]] = []
         for turn in turns:
             texts = [part for part in turn.parts if isinstance(part, str)]
-            if marker and any(marker in text for text in texts):
+            marker = next(filter(None, map(self.prompts.marker_in, texts)), "")
+            if marker:
                 raise DataError(
                     f"a message contains the image placeholder {marker!r} in its text; remove it, "
                     "pictures are given as image_url parts"

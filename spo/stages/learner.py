@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from spo.algorithms.objectives import OBJECTIVES, Groups, Objective
 from spo.config import LearnConfig, SteeringConfig
+from spo.engines.batching import made_ahead
 from spo.engines.plan import AnswerScores, DifferentiableEngine, SteeringPlan, TokenBatch
 from spo.errors import StageError
 from spo.records import Batch, Operator, PromptKind, ScoredRollout
@@ -158,7 +157,7 @@ class VectorLearner:
         sums = _Sums()
         size = max(1, self._config.micro_batch // max(map(len, groups), default=1))
         parts = [groups[start : start + size] for start in range(0, len(groups), size)]
-        for part, tokens in self._prepared(parts):
+        for part, tokens in made_ahead(parts, self._tokens):
             self._accumulate(part, tokens, scale, sums, batch)
         benign = self._reduce(batch.step, sums, world)
         rejected = benign > self._config.max_kl and bool(self._safe)
@@ -194,23 +193,9 @@ class VectorLearner:
             )
         return tuple(alarms)
 
-    def _prepared(self, parts: Sequence[_Part]) -> Iterator[tuple[_Part, TokenBatch]]:
-        """Each part with its tokens and pictures, made while the part before is computed."""
-
-        def prepare(part: _Part) -> TokenBatch:
-            rollouts = [item.rollout for group in part for item in group]
-            return self._engine.prepare(
-                [rollout.prompt for rollout in rollouts],
-                [rollout.token_ids for rollout in rollouts],
-            )
-
-        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as thread:
-            following = [thread.submit(prepare, part) for part in parts[:1]]
-            for part, after in zip_longest(parts, parts[1:]):
-                tokens = following.pop().result()
-                if after is not None:
-                    following.append(thread.submit(prepare, after))
-                yield part, tokens
+    def _tokens(self, part: _Part) -> TokenBatch:
+        asked = [item.rollout for group in part for item in group]
+        return self._engine.prepare([r.prompt for r in asked], [r.token_ids for r in asked])
 
     def _accumulate(
         self,
@@ -230,10 +215,8 @@ class VectorLearner:
             cache_prefix=self._config.cache_prefix,
         )
         lengths = batch.answer_mask.sum(dim=1)
-        benign = torch.tensor(
-            [item.rollout.prompt.kind is PromptKind.BENIGN for item in scored],
-            device=lengths.device,
-        )
+        kinds = [item.rollout.prompt.kind is PromptKind.BENIGN for item in scored]
+        benign = torch.tensor(kinds, device=lengths.device)
         weights = torch.where(benign, self._config.kl_weight, self._config.kl_weight_harm)
         kl = scores[0].kl.sum(dim=1)
         objective = self._objective.loss(
@@ -295,12 +278,9 @@ class VectorLearner:
                 raise StageError(f"step {step} has no rollouts to learn from; see what was dropped")
             return sums.benign_kl / max(sums.benign_tokens, 1.0)
         # Fewer groups than workers: this one has none, and the others wait for its share.
-        gradients = [
-            torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-            for tensor in self._trained
-        ]
+        gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in self._trained]
         extra = torch.tensor([sums.benign_kl, sums.benign_tokens], device=gradients[0].device)
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), extra * world])
+        flat = torch.cat([*(g.flatten() for g in gradients), extra * world])
         self._all_reduce(flat)
         start = 0
         for tensor in self._trained:

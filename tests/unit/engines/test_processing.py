@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from spo.engines.batching import made_ahead
 from spo.engines.processing import PromptProcessor, check_same_tokens, load_image
 from spo.errors import DataError, EngineError
 from spo.records import Prompt, PromptFormat, PromptKind
+from tests.tiny_models import make_tiny_model
 
 
 def draw(path: Path, size: tuple[int, int] = (40, 32), mode: str = "RGB") -> Path:
@@ -214,3 +217,60 @@ def test_same_tokens_or_an_error() -> None:
         check_same_tokens(prompt(), (1, 2, 3), [1, 2, 2, 3])
     with pytest.raises(EngineError, match="placeholder"):
         check_same_tokens(prompt(), (1, 2, 3), [1, 2, 4])
+
+
+# A prompt that comes several times
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl", "gemma3"])
+def test_repeated_prompts_are_read_once_and_come_out_alike(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = PromptProcessor(str(make_tiny_model(family, tmp_path / family)))
+    red, wide = draw(tmp_path / "a.png"), draw(tmp_path / "b.png", size=(80, 56))
+    asked = [prompt("Hi", red), prompt("What is it?"), prompt("Look", wide)]
+    several = [asked[i] for i in (0, 0, 1, 2, 1, 2, 0)]
+    read: list[str] = []
+
+    def reading(path: str) -> Image.Image:
+        read.append(path)
+        return load_image(path)
+
+    monkeypatch.setattr("spo.engines.processing.load_image", reading)
+    each = processor.encode_each(several)
+    if family != "internvl":  # whose pictures become a number of tiles each
+        assert sorted(read) == [str(red), str(wide)]
+    whole = processor.encode(several)
+    assert set(each) == set(whole)
+    for name, value in whole.items():
+        torch.testing.assert_close(each[name], value, msg=name)
+
+
+def test_gemma_takes_pictures_in_plain_prompts_and_refuses_both_its_markers(tmp_path: Path) -> None:
+    processor = PromptProcessor(str(make_tiny_model("gemma3", tmp_path / "gemma3")))
+    encoded = processor.encode([prompt("Hi", draw(tmp_path / "a.png")), prompt("Hi")])
+    assert len(encoded["pixel_values"]) == 1
+    pictured, plain = ((row == processor.image_token_id).sum() for row in encoded["input_ids"])
+    assert pictured > 0
+    assert plain == 0
+    for marker in (processor.image_token, processor.placeholder):
+        with pytest.raises(DataError, match="image placeholder"):
+            processor.render(prompt(f"see {marker}"))
+
+
+def test_the_next_part_is_made_while_one_is_used() -> None:
+    made: list[int] = []
+
+    def make(part: int) -> int:
+        if part == 3:
+            raise DataError("no three")
+        made.append(part)
+        return -part
+
+    seen = made_ahead([1, 2, 3], make)
+    assert next(seen) == (1, -1)
+    assert next(seen) == (2, -2)
+    with pytest.raises(DataError, match="no three"):
+        next(seen)
+    assert made == [1, 2]
+    assert list(made_ahead([], make)) == []
