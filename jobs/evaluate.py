@@ -2,6 +2,7 @@
 
 python -m jobs.evaluate --config tune_configs/matrix.yaml evaluate.harm_prompts=200
 python -m jobs.evaluate compare RUN_A RUN_B         paired differences between two evaluations
+python -m jobs.evaluate versus RUN DEFENCE OTHER    the same between two defences of one
 python -m jobs.evaluate agreement LABELS.csv        judges against human labels
 python -m jobs.evaluate benchmarks FOLDER           public benchmarks: present, licence, source
 """
@@ -32,10 +33,21 @@ def _run(_: argparse.Namespace, config: RunConfig) -> None:
 def _compare(arguments: argparse.Namespace, _: RunConfig) -> None:
     from spo.evaluation import compare_reports, format_comparison, load_report
 
-    paths = [Path(value) for value in arguments.values]
-    files = [path / "evaluation.json" if path.is_dir() else path for path in paths]
-    first, second = (load_report(file) for file in files)
-    print(format_comparison(compare_reports(first, second), *map(str, paths)))
+    first, second = (load_report(_file(value)) for value in arguments.values)
+    print(format_comparison(compare_reports(first, second), *arguments.values))
+
+
+def _versus(arguments: argparse.Namespace, _: RunConfig) -> None:
+    from spo.evaluation import compare_defences, format_comparison, load_report
+
+    run, defence, baseline = arguments.values
+    found = compare_defences(load_report(_file(run)), defence, baseline)
+    print(format_comparison(found, baseline, defence))
+
+
+def _file(run: str) -> Path:
+    path = Path(run)
+    return path / "evaluation.json" if path.is_dir() else path
 
 
 def _agreement(arguments: argparse.Namespace, config: RunConfig) -> None:
@@ -65,13 +77,18 @@ def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:
         print(f"         {found.path or 'get it from: ' + found.benchmark.source}")
 
 
-_VERBS = {"compare": (_compare, 2), "agreement": (_agreement, 1), "benchmarks": (_benchmarks, 1)}
+_VERBS = {
+    "compare": (_compare, ("RUN_A", "RUN_B")),
+    "versus": (_versus, ("RUN", "DEFENCE", "OTHER")),
+    "agreement": (_agreement, ("LABELS",)),
+    "benchmarks": (_benchmarks, ("FOLDER",)),
+}
 
 
 def _verb(name: str) -> None:
-    call, count = _VERBS[name]
+    call, words = _VERBS[name]
     made = argparse.ArgumentParser(prog=f"python -m jobs.evaluate {name}")
-    made.add_argument("values", nargs=count, metavar="PATH")
+    made.add_argument("values", nargs=len(words), metavar=words)
     made.add_argument("--config", type=Path, metavar="FILE")
     made.add_argument("overrides", nargs="*", metavar="key.sub=value")
     made.add_argument("--dry-run", action="store_true")

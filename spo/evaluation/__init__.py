@@ -4,6 +4,7 @@ from spo.evaluation.cells import CellStore
 from spo.evaluation.measures import Check, ImageTextScorer, Judge, PromptSet, SuccessJudge
 from spo.evaluation.report import (
     compare,
+    compare_defences,
     compare_reports,
     format_comparison,
     format_table,
@@ -21,6 +22,7 @@ __all__ = [
     "PromptSet",
     "SuccessJudge",
     "compare",
+    "compare_defences",
     "compare_reports",
     "evaluate",
     "format_comparison",

@@ -64,23 +64,59 @@ def compare_reports(
     Raises:
         DataError: the two share no condition, defence and prompt at all.
     """
-    values: list[dict[tuple[str, str], list[EvaluatedAnswer]]] = [{}, {}]
-    for side, report in enumerate((shown_conditions(first), shown_conditions(second))):
-        for answer in report.answers:
-            values[side].setdefault((answer.condition, answer.defence), []).append(answer)
-    found: list[Comparison] = []
-    for key in values[0].keys() & values[1].keys():
-        old, new = (values_of(side[key]) for side in values)
-        found += [
-            (*key, name, paired_interval(new[name], old[name], samples=samples, seed=0))
-            for name in old.keys() & new.keys()
-            if old[name].keys() & new[name].keys()
-        ]
+    sides: list[_Answers] = [{}, {}]
+    for side, report in zip(sides, (first, second), strict=True):
+        for answer in shown_conditions(report).answers:
+            side.setdefault((answer.condition, answer.defence), []).append(answer)
+    found = _differences(*sides, samples)
     if not found:
         raise DataError(
             "the two evaluations share no prompt under the same condition and defence; compare "
             "runs on the same prompts"
         )
+    return found
+
+
+def compare_defences(
+    report: EvaluationReport, defence: str, baseline: str, *, samples: int = 2000
+) -> list[Comparison]:
+    """Paired differences `defence` - `baseline` of one evaluation, and over its picture attacks
+    together (a prompt counts once, with the mean of its answers).
+
+    Raises:
+        DataError: one of the two was not evaluated.
+    """
+    answers = shown_conditions(report).answers
+    names = dict.fromkeys(answer.defence for answer in answers)
+    missing = [name for name in (defence, baseline) if name not in names]
+    if missing:
+        raise DataError(f"no answers of {missing}; the evaluation has {list(names)}")
+    conditions = dict.fromkeys(answer.condition for answer in answers)
+    sides: list[_Answers] = [{}, {}]
+    for side, name in zip(sides, (baseline, defence), strict=True):
+        mine = [answer for answer in answers if answer.defence == name]
+        for answer in mine:
+            side.setdefault((answer.condition, defence), []).append(answer)
+        for title, part in (("all PGD", "pgd-"), ("all adaptive PGD", "adaptive-")):
+            pooled = {condition for condition in conditions if part in condition}
+            if len(pooled) > 1:
+                side[title, defence] = [a for a in mine if a.condition in pooled]
+    return _differences(*sides, samples)
+
+
+_Answers = dict[tuple[str, str], list[EvaluatedAnswer]]
+"""By condition and defence."""
+
+
+def _differences(old: _Answers, new: _Answers, samples: int) -> list[Comparison]:
+    found: list[Comparison] = []
+    for key in old.keys() & new.keys():
+        before, after = values_of(old[key]), values_of(new[key])
+        found += [
+            (*key, name, paired_interval(after[name], before[name], samples=samples, seed=0))
+            for name in before.keys() & after.keys()
+            if before[name].keys() & after[name].keys()
+        ]
     return sorted(found, key=lambda entry: entry[:3])
 
 

@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batches": [32, 64],
         "rows": 384,
         "single": 40,
-        "ray_rows": 2560,
+        "ray_rows": 5120,
         "block": 128,
         "picture": (500, 375),
     },

@@ -15,6 +15,7 @@ from spo.errors import DataError
 from spo.evaluation import (
     CellStore,
     PromptSet,
+    compare_defences,
     compare_reports,
     evaluate,
     format_comparison,
@@ -184,3 +185,22 @@ def test_two_evaluations_are_compared_on_shared_prompts() -> None:
     assert "-0.300 [-0.300, -0.300]*" in format_comparison(compare_reports(old, new), "A", "B")
     with pytest.raises(DataError, match="share no prompt"):
         compare_reports(old, replace(new, answers=()))
+
+
+def test_two_defences_of_one_evaluation_are_compared_and_attacks_pooled() -> None:
+    one, two = "describe adaptive-pgd-16", "describe adaptive-pgd-unbounded"
+    parts = {one: "0.2 yes", two: "0.4 yes"}
+    reports = [
+        _run(
+            Engine({("a", False): ["0.5 yes"], ("a", True): [steered]}),
+            [PromptSet(condition=name, prompts=(_prompt("a"),))],
+        )
+        for name, steered in parts.items()
+    ]
+    report = replace(reports[0], answers=reports[0].answers + reports[1].answers)
+    found = {entry[:3]: entry[3] for entry in compare_defences(report, "spo", "none")}
+    assert found[one, "spo", "toxicity"].mean == pytest.approx(-0.3)
+    assert found["all adaptive PGD", "spo", "toxicity"].mean == pytest.approx(-0.2)
+    assert found["all PGD", "spo", "toxicity"].count == 1
+    with pytest.raises(DataError, match="no answers of"):
+        compare_defences(report, "spo", "bipo")
