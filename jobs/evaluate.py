@@ -33,16 +33,17 @@ def _run(_: argparse.Namespace, config: RunConfig) -> None:
 def _compare(arguments: argparse.Namespace, _: RunConfig) -> None:
     from spo.evaluation import compare_reports, format_comparison, load_report
 
-    first, second = (load_report(_file(value)) for value in arguments.values)
-    print(format_comparison(compare_reports(first, second), *arguments.values))
+    old, new = arguments.run_a, arguments.run_b
+    found = compare_reports(load_report(_file(old)), load_report(_file(new)))
+    print(format_comparison(found, old, new))
 
 
 def _versus(arguments: argparse.Namespace, _: RunConfig) -> None:
     from spo.evaluation import compare_defences, format_comparison, load_report
 
-    run, defence, baseline = arguments.values
-    found = compare_defences(load_report(_file(run)), defence, baseline)
-    print(format_comparison(found, baseline, defence))
+    defence, other = arguments.defence, arguments.other
+    found = compare_defences(load_report(_file(arguments.run)), defence, other)
+    print(format_comparison(found, other, defence))
 
 
 def _file(run: str) -> Path:
@@ -54,7 +55,7 @@ def _agreement(arguments: argparse.Namespace, config: RunConfig) -> None:
     from spo.evaluation.agreement import agreement, judge_agreement, read_labelled
     from spo.resources import open_success_judges
 
-    rows, others = read_labelled(Path(arguments.values[0]))
+    rows, others = read_labelled(Path(arguments.labels))
     labels = [label for _, _, label in rows]
     found = [judge_agreement(judge, rows) for judge in open_success_judges(config.evaluate)]
     found += [agreement(f"in the file: {name}", column, labels) for name, column in others.items()]
@@ -70,7 +71,7 @@ def _agreement(arguments: argparse.Namespace, config: RunConfig) -> None:
 def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:
     from spo.benchmarks import look_for
 
-    for found in look_for(Path(arguments.values[0]), config.cache):
+    for found in look_for(Path(arguments.folder), config.cache):
         mark = "present" if found.usable else "missing"
         print(f"{mark}  {found.benchmark.name}: {found.prompts}")
         print(f"         licence: {found.benchmark.licence}")
@@ -78,19 +79,20 @@ def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:
 
 
 _VERBS = {
-    "compare": (_compare, ("RUN_A", "RUN_B")),
-    "versus": (_versus, ("RUN", "DEFENCE", "OTHER")),
-    "agreement": (_agreement, ("LABELS",)),
-    "benchmarks": (_benchmarks, ("FOLDER",)),
+    "compare": (_compare, ("run_a", "run_b")),
+    "versus": (_versus, ("run", "defence", "other")),
+    "agreement": (_agreement, ("labels",)),
+    "benchmarks": (_benchmarks, ("folder",)),
 }
 
 
 def _verb(name: str) -> None:
     call, words = _VERBS[name]
     made = argparse.ArgumentParser(prog=f"python -m jobs.evaluate {name}")
-    made.add_argument("values", nargs=len(words), metavar=words)
+    for word in words:
+        made.add_argument(word, metavar=word.upper())
     made.add_argument("--config", type=Path, metavar="FILE")
-    made.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    made.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     made.add_argument("--dry-run", action="store_true")
     sys.argv[1:2] = []
     command.main(made, call)

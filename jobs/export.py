@@ -27,7 +27,7 @@ def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
 if __name__ == "__main__":
     made = command.parser(__doc__ or "")
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    made.add_argument("--vector", default="spo", choices=["spo", "stage1"])
+    made.add_argument("--vector", default="spo", metavar="NAME", help="folder of the run")
     made.add_argument("--gguf", type=Path, metavar="FILE", help="also write a llama.cpp vector")
     made.add_argument("--hint", default="llama", help="architecture as llama.cpp names it")
     made.add_argument(

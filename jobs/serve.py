@@ -135,7 +135,13 @@ def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
             signal.signal(number, lambda *_: stop.set())
         print(f"starting {config.engine.backend} on {settings.model} ...", flush=True)
         serve.start(http_options=http_options(limits))
-        serve.run(application(settings), name=APP, route_prefix="/")
+        serve.run(
+            application(settings),
+            name=APP,
+            route_prefix="/",
+            # The gateway's own line for each request says more.
+            logging_config={"enable_access_log": False},
+        )
         host = f"http://{limits.host}:{limits.port}"
         for name in sorted(settings.artifacts):
             print(f"model: {settings.name}:{name}")

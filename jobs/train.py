@@ -8,6 +8,12 @@ The baseline "BiPO on static pairs", beside the run's own vector:
 
     python -m jobs.train --config tune_configs/testbed.yaml learn.objective=bipo \
         rollout.static=true learn.artifact=bipo
+
+Without the attacker in the loop, for comparison; and another round on the first one's vector:
+
+    python -m jobs.train --config tune_configs/testbed.yaml data.attacks=[] \
+        data.typographic_fraction=0 learn.artifact=spo-unattacked
+    python -m jobs.train --config tune_configs/testbed.yaml learn.start=spo learn.artifact=spo-2
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class DataConfig(Slice):
     """Side of such a drawn picture; None takes the testbed's own, or 336 for other prompts."""
     attacks: tuple[AttackConfig, ...] = ()
     """Picture attacks in the loop of Stage II, made before its first step, on training prompts and
-    training targets; an `adaptive` one goes through the Stage I vector as it is applied."""
+    training targets; an `adaptive` one goes through `learn.start`'s vector as it is applied."""
     attacked_fraction: Fraction = 0.25
     """Share of the harmful training prompts asked with an attacked picture, where `attacks` has
     any. The testbed asks about the picture then."""
@@ -224,16 +224,16 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunC
     Raises:
         ConfigError: the file cannot be read, or a key is unknown or out of range; names the key.
     """
-    tree: dict[str, Any] = {} if path is None else read_run(path)
+    tree, files = ({}, "") if path is None else read_run(path)
     for override in overrides:
         assign_override(tree, *split_override(override), override)
-    return validated(RunConfig, tree, path)
+    return validated(RunConfig, tree, files)
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def validated(kind: type[_Model], tree: dict[str, Any], path: Path | None) -> _Model:
+def validated(kind: type[_Model], tree: dict[str, Any], path: Path | str | None) -> _Model:
     """Settings of one kind out of a tree; ConfigError names every key that cannot be used."""
     try:
         return kind.model_validate(tree)
@@ -258,19 +258,23 @@ def split_override(override: str) -> tuple[list[str], Any]:
     return key.split("."), _parse_value(value)
 
 
-def read_run(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The keys of a run's file over those of its `base`; ConfigError when bases go in a circle."""
+def read_run(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
+    """The keys of a run's file over those of its `base`, and the files' names for messages.
+
+    Raises:
+        ConfigError: a file cannot be read, or bases go in a circle.
+    """
     if path.resolve() in above:
         raise ConfigError(f"{path} is a base of itself: {' -> '.join(map(str, above))}")
     tree = read_yaml(path)
     base = tree.pop("base", None)
     if base is None:
-        return tree
+        return tree, str(path)
     if not isinstance(base, str):
         raise ConfigError(f"{path}: 'base' names a file beside it, got {base!r}")
-    whole = read_run(path.parent / base, (*above, path.resolve()))
+    whole, files = read_run(path.parent / base, (*above, path.resolve()))
     merge(whole, tree)
-    return whole
+    return whole, f"{path} with its base {files}"
 
 
 def merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:

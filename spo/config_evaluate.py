@@ -91,9 +91,10 @@ DEFENCES = (
     ),
     DefenceConfig(name="stage1", artifact=Path("stage1")),
     DefenceConfig(name="bipo", artifact=Path("bipo")),
+    DefenceConfig(name="spo-unattacked", artifact=Path("spo-unattacked")),
     DefenceConfig(name="spo", artifact=Path("spo")),
 )
-"""Every defence that a run folder can hold; what it does not hold is left out."""
+"""Every defence that the documented commands make; what a run folder lacks is left out."""
 
 
 class JudgeConfig(Slice):

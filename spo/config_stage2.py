@@ -176,8 +176,11 @@ class LearnConfig(Slice):
     def _consistent(self) -> LearnConfig:
         if not self.train:
             raise ValueError("'train' must name at least one of directions, coefficients, gates")
-        if self.start == self.artifact:
-            raise ValueError(f"'start' and 'artifact' are both {self.artifact!r}: name another one")
+        if self.artifact in (self.start, "stage1"):
+            raise ValueError(
+                f"'artifact' {self.artifact!r} would be written over a vector that training begins "
+                "with; name another folder"
+            )
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers")
         return self

@@ -26,6 +26,7 @@ from spo.config import EngineConfig, LearnConfig, RewardConfig, RolloutConfig, S
 from spo.engines.hf import HfEngine
 from spo.engines.plan import SteeringPlan, TokenBatch, token_kl, token_logprobs
 from spo.engines.vllm_plugin.shapes import write_shape
+from spo.errors import EngineError
 from spo.records import Batch, Operator, Positions, Prompt, PromptKind, Rollout
 from spo.stages.coordinator import Coordinator, Settings
 from spo.stages.learner import VectorLearner
@@ -85,7 +86,12 @@ def run(
         tokens: length of an answer; the preset's own if absent.
     """
     settings = {**PRESETS[preset], **({"tokens": tokens} if tokens else {}), "gpus": gpus}
-    if settings["device"] == "cuda" and gpus > 1:
+    if gpus > 1:
+        if settings["device"] != "cuda" or torch.cuda.device_count() < gpus:
+            raise EngineError(
+                f"{gpus} cards were asked for, preset {preset!r} runs on {settings['device']} and "
+                f"{torch.cuda.device_count()} are visible; leave --gpus out"
+            )
         torch.cuda.set_device(gpus - 1)
     output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + time_limit
@@ -364,7 +370,8 @@ def _peak(engine: HfEngine) -> float:
 
 def _device(settings: dict[str, Any]) -> str:
     card = torch.cuda.get_device_name() if settings["device"] == "cuda" else "CPU"
-    return f"{settings['gpus']} x {card}, answers of {settings['tokens']} tokens"
+    cards = "a card each for engine and learner" if settings["gpus"] > 1 else "one device for both"
+    return f"{card}, answers of {settings['tokens']} tokens; loop: {cards}"
 
 
 def _table(results: dict[str, Any]) -> str:

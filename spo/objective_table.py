@@ -27,7 +27,7 @@ from spo.progress import Reporter, Silent
 from spo.records import Batch
 from spo.refine import Pools, load_artifact, make_coordinator, train
 from spo.resources import evaluation_inputs, open_judge, training_prompts
-from spo.stage1 import STAGE1, run_estimate, run_extract
+from spo.stage1 import run_estimate, run_extract
 from spo.stages.learner import Update, VectorLearner
 from spo.vector import SteeringVector
 
@@ -52,7 +52,7 @@ def compare(
     rows_path = config.run_dir / "objectives.jsonl"
     rows = _read(rows_path)
     with Pools(config, reporter) as pools:
-        start = load_artifact(config, STAGE1, pools)
+        start = load_artifact(config, config.learn.start, pools)
         engine = _open(config, pools)
         wanted: list[tuple[str, int]] = [("unsteered", 0), ("Stage I", 0)]
         wanted += [(name, seed) for seed in range(seeds) for name in objectives]

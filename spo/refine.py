@@ -228,7 +228,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     keep_quarantined(config, "rollouts", ray.get(coordinator.quarantined.remote()))
     ray.kill(coordinator)
     pools.rollouts.retire(f"{VECTOR_NAME}-{digest}")
-    method = f"{config.learn.objective} from {config.estimate.method}"
+    method = f"{config.learn.objective} from {start.method}"
     artifact = build_artifact(config, vector, method, start.data_sha256, parent=start.vector.sha256)
     artifact.save(config.run_dir / config.learn.artifact)
     note = {"digest": digest, "sha256": artifact.vector.sha256}

@@ -19,7 +19,7 @@ def release(
 
     Args:
         run_dir: folder of the run.
-        defence: "spo" or "stage1".
+        defence: folder of the vector in the run, e.g. "spo"; the evaluation's name of it.
         out: folder to write.
         unevaluated: release although there is no evaluation of this very vector.
 

@@ -101,8 +101,8 @@ class PromptProcessor:
             token = getattr(config, "image_token_id", None)
             self.image_token_id = config.image_token_index if token is None else token
             self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-            # Gemma 3 writes one token into the text and expands it to others.
-            self.placeholder = getattr(self.processor, "boi_token", None) or self.image_token
+            # Gemma 3 wants another token in the text than those that it expands it to.
+            self.placeholder = getattr(self.processor, "image_token", None) or self.image_token
         else:
             self.tokenizer = self._load(transformers.AutoTokenizer, model, revision)
             self.processor = self.tokenizer
@@ -186,9 +186,8 @@ class PromptProcessor:
         repeated = {}
         for name, value in encoded.items():
             if name in PICTURE_INPUTS:
-                parts = _by_picture(name, value, encoded)
-                if len(parts) != len(pictured):
-                    return dict(self.encode(prompts))  # pictures in a number of tiles each
+                shares = (encoded["input_ids"][pictured] == self.image_token_id).sum(dim=1)
+                parts = _by_picture(name, value, encoded, shares)
                 repeated[name] = torch.cat([parts[number] for number in pictures])
             else:
                 repeated[name] = value[rows]
@@ -207,12 +206,15 @@ class PromptProcessor:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-def _by_picture(name: str, value: Tensor, encoded: Mapping[str, Tensor]) -> Sequence[Tensor]:
-    """A picture input cut into its pictures; Qwen-VL lays the patches of all of them in a row."""
+def _by_picture(
+    name: str, value: Tensor, encoded: Mapping[str, Tensor], shares: Tensor
+) -> Sequence[Tensor]:
+    """A picture input cut into its pictures. Qwen-VL lays the patches of all of them in a row, and
+    InternVL their tiles, in proportion to `shares`, the image tokens of each."""
     if name == "pixel_values" and "image_grid_thw" in encoded:
         sizes: list[int] = encoded["image_grid_thw"].prod(dim=1).tolist()
         return value.split(sizes)
-    return value.split(1)
+    return value.split((shares * len(value) // shares.sum()).tolist())
 
 
 def check_same_tokens(prompt: Prompt, expected: Sequence[int], seen: Sequence[int]) -> None:

@@ -64,11 +64,11 @@ def compare_reports(
     Raises:
         DataError: the two share no condition, defence and prompt at all.
     """
-    sides: list[_Answers] = [{}, {}]
+    sides: tuple[_Answers, _Answers] = ({}, {})
     for side, report in zip(sides, (first, second), strict=True):
         for answer in shown_conditions(report).answers:
             side.setdefault((answer.condition, answer.defence), []).append(answer)
-    found = _differences(*sides, samples)
+    found = _differences(*sides, samples=samples)
     if not found:
         raise DataError(
             "the two evaluations share no prompt under the same condition and defence; compare "
@@ -92,7 +92,7 @@ def compare_defences(
     if missing:
         raise DataError(f"no answers of {missing}; the evaluation has {list(names)}")
     conditions = dict.fromkeys(answer.condition for answer in answers)
-    sides: list[_Answers] = [{}, {}]
+    sides: tuple[_Answers, _Answers] = ({}, {})
     for side, name in zip(sides, (baseline, defence), strict=True):
         mine = [answer for answer in answers if answer.defence == name]
         for answer in mine:
@@ -101,14 +101,14 @@ def compare_defences(
             pooled = {condition for condition in conditions if part in condition}
             if len(pooled) > 1:
                 side[title, defence] = [a for a in mine if a.condition in pooled]
-    return _differences(*sides, samples)
+    return _differences(*sides, samples=samples)
 
 
 _Answers = dict[tuple[str, str], list[EvaluatedAnswer]]
 """By condition and defence."""
 
 
-def _differences(old: _Answers, new: _Answers, samples: int) -> list[Comparison]:
+def _differences(old: _Answers, new: _Answers, *, samples: int) -> list[Comparison]:
     found: list[Comparison] = []
     for key in old.keys() & new.keys():
         before, after = values_of(old[key]), values_of(new[key])

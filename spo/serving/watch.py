@@ -51,6 +51,14 @@ class Outcome:
             self.sha256 = request.sha256[:16]
 
 
+def log_to_stderr() -> None:
+    """Write the line of each request to this process's log; Ray's workers drop it otherwise."""
+    if not _LOG.handlers:
+        _LOG.addHandler(logging.StreamHandler())
+    _LOG.setLevel(logging.INFO)
+    _LOG.propagate = False
+
+
 class Meter(Protocol):
     """Where figures go."""
 

@@ -54,7 +54,8 @@ class AttackJob:
         """Names everything that the pictures depend on, the model's files included."""
         from spo.vector import SteeringVector
 
-        model = folder_revision(self.model) if Path(self.model).is_dir() else self.model
+        local = Path(self.model).is_dir()
+        model = folder_revision(self.model) if local else (self.model, self.revision)
         # Of the content: the same vector is written in another order each time.
         vector = SteeringVector.from_bytes(self.vector).sha256 if self.vector else ""
         plain = (self.config.model_dump_json(), self.learn.dtype, self.seed, vector)

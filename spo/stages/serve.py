@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayTaskError
 from ray.serve.config import AutoscalingConfig
 
 from spo.artifact import SteeringArtifact
@@ -31,21 +31,19 @@ from spo.serving.host import EngineHost
 from spo.serving.keys import Key, KeyRing
 from spo.serving.registry import Snapshot, VectorRegistry, Version
 from spo.serving.service import Service
+from spo.serving.watch import log_to_stderr
 from spo.stages.serve_backend import RayBackend, cause_of
 from spo.stages.serve_metrics import EngineGauges, RayMeter
 
 APP = "spo"
-_QUIET = {"enable_access_log": False}
-"""The gateway's own line for each request says more than Serve's."""
 _FAST = {
-    "env_vars": {
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    }
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
-"""Ray Serve's settings for throughput, of gateways and engines: nothing here blocks its loop, so
-that one is enough, and pictures go to the engine without a detour through the object store."""
+"""Ray Serve's settings for throughput, of gateways and engines: once started, nothing of ours
+blocks their loops, so that one is enough, and pictures go to the engine without a detour through
+the object store. Errors of the other side then arrive as they are, not as a `RayTaskError`."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -178,7 +176,7 @@ class EngineReplica:
 
         try:
             row = await self._registry.artifact.remote(name, number)
-        except RayTaskError as error:
+        except Exception as error:
             raise cause_of(error) from error
         return SteeringArtifact(
             vector=SteeringVector.from_bytes(row["vector"]),
@@ -248,6 +246,7 @@ class Gateway:
         self, settings: ServeSettings, engines: Any, registry: Any
     ) -> None:
         limits = settings.serve
+        log_to_stderr()
         self._backend = RayBackend(engines, registry, limits)
         self._meter = RayMeter()
         self._service = Service(limits, settings.name, self._backend)
@@ -261,6 +260,7 @@ class Gateway:
 def application(settings: ServeSettings) -> serve.Application:
     """The deployments, bound together, for `serve.run` and `serve deploy`."""
     limits, engine = settings.serve, settings.engine
+    environment = _environment()
     health = {
         "health_check_period_s": limits.health_period_s,
         "health_check_timeout_s": limits.health_timeout_s + 5.0,
@@ -271,7 +271,8 @@ def application(settings: ServeSettings) -> serve.Application:
         name="registry",
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
-        logging_config=_QUIET,
+        # Gateways ask every second.
+        logging_config={"enable_access_log": False},
     )
     scaling: dict[str, Any] = {"num_replicas": limits.min_engines}
     if limits.max_engines > limits.min_engines:
@@ -285,8 +286,7 @@ def application(settings: ServeSettings) -> serve.Application:
     engines = serve.deployment(EngineReplica).options(
         name="engine",
         max_ongoing_requests=2 * engine.max_num_seqs + 8,
-        logging_config=_QUIET,
-        ray_actor_options={"num_cpus": 1, "num_gpus": engine.num_gpus, "runtime_env": _FAST},
+        ray_actor_options={"num_cpus": 1, "num_gpus": engine.num_gpus, "runtime_env": environment},
         **scaling,
         **health,
     )
@@ -295,12 +295,19 @@ def application(settings: ServeSettings) -> serve.Application:
         num_replicas=limits.gateways,
         # Well above what is admitted, so that refusals come at once and from us, with 429.
         max_ongoing_requests=8 * limits.max_in_flight + 64,
-        logging_config=_QUIET,
-        ray_actor_options={"num_cpus": 0, "runtime_env": _FAST},
+        ray_actor_options={"num_cpus": 0, "runtime_env": environment},
         **health,
     )
     held = registry.bind(settings)
     return gateway.bind(settings, engines.bind(settings, held), held)
+
+
+def _environment() -> dict[str, Any]:
+    """This job's runtime environment with `_FAST`: Serve gives none to what has one of its own."""
+    if not ray.is_initialized():
+        return {"env_vars": _FAST}
+    own = dict(ray.get_runtime_context().runtime_env)
+    return {**own, "env_vars": {**own.get("env_vars", {}), **_FAST}}
 
 
 def http_options(limits: ServeConfig) -> dict[str, Any]:

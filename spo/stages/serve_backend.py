@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -60,7 +60,7 @@ class RayBackend:
             await asyncio.sleep(self._limits.sync_s)
             try:
                 self._take(await self._registry.snapshot.remote())
-            except (RayError, DeploymentUnavailableError) as error:
+            except Exception as error:  # noqa: BLE001 or this gateway would see no vector again
                 # The last snapshot stays in force; the registry restarts from its files.
                 _LOG.warning("the registry does not answer: %s", type(error).__name__)
 
@@ -77,7 +77,7 @@ class RayBackend:
             try:
                 async with asyncio.timeout(5):
                     await self._engines.processes.remote()
-            except (TimeoutError, RayError, *_LOST):
+            except Exception:  # noqa: BLE001 whatever it is, no engine answered
                 return "no engine has passed its canary and answers"
             self._ready_until = loop.time() + 2.0
         return ""
@@ -86,9 +86,9 @@ class RayBackend:
         for attempt in range(1, _TRIES + 1):
             try:
                 answer: ChatAnswer = await self._engines.complete.remote(request)
-            except _LOST as error:
+            except (*_LOST, asyncio.CancelledError) as error:
                 await self._pause(attempt, error)
-            except (RayTaskError, BackPressureError) as error:
+            except Exception as error:
                 raise cause_of(error) from error
             else:
                 check_receipt(request, answer)
@@ -106,16 +106,18 @@ class RayBackend:
                         check_receipt(request, event)
                     yield event
                 return
-            except _LOST as error:
-                if started:
+            except (*_LOST, asyncio.CancelledError) as error:
+                if started and not _cancelled_here(error):
                     raise EngineError("the engine was lost in the middle of the answer") from error
                 await self._pause(attempt, error)
-            except (RayTaskError, BackPressureError) as error:
+            except Exception as error:
                 raise cause_of(error) from error
             finally:
                 events.cancel()
 
-    async def _pause(self, attempt: int, error: Exception) -> None:
+    async def _pause(self, attempt: int, error: BaseException) -> None:
+        if _cancelled_here(error):
+            raise error
         _LOG.warning("attempt %d: %s; asking another engine", attempt, type(error).__name__)
         if attempt == _TRIES:
             raise EngineError("no engine answered") from error
@@ -126,7 +128,7 @@ class RayBackend:
             version = await self._registry.stage.remote(name, str(folder))
             await self._engines.prove.remote(version)
             self._take(await self._registry.commit.remote(version, share))
-        except (RayTaskError, *_LOST) as error:
+        except Exception as error:
             raise cause_of(error) from error
         return self._snapshot
 
@@ -139,9 +141,15 @@ class RayBackend:
     async def _change(self, method: Any, *args: Any) -> Snapshot:
         try:
             self._take(await method.remote(*args))
-        except (RayTaskError, *_LOST) as error:
+        except Exception as error:
             raise cause_of(error) from error
         return self._snapshot
+
+
+def _cancelled_here(error: BaseException) -> bool:
+    """Whether this task itself is being cancelled, not the request in a replica that leaves."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
 def cause_of(error: Exception) -> Exception:

@@ -225,7 +225,7 @@ def load_sweep(path: Path | None, overrides: Sequence[str] = ()) -> tuple[SweepC
     sweep = validated(SweepConfig, tree, path)
     if sweep.base is not None:
         base_path = sweep.base if path is None else path.parent / sweep.base
-        base_tree = read_run(base_path)
+        base_tree, _ = read_run(base_path)
     merge(base_tree, changes)
     for override in overrides:
         keys, value = split_override(override)
@@ -237,6 +237,11 @@ def load_sweep(path: Path | None, overrides: Sequence[str] = ()) -> tuple[SweepC
         raise ConfigError(
             f"sweep {sweep.name!r}: its base has {len(base.data.attacks)} data.attacks, and trials "
             "attack no pictures; set data.attacks=[] and train the chosen setting with them"
+        )
+    if base.learn.start != "stage1":
+        raise ConfigError(
+            f"sweep {sweep.name!r}: learn.start={base.learn.start!r}, and trials begin with their "
+            "own Stage I vector; leave it out, or name an artifact by 'vector'"
         )
     return sweep, base
 

@@ -118,5 +118,7 @@ def test_pictures_are_found_again_by_what_they_depend_on(tmp_path: Path) -> None
 
 
 def test_a_round_starts_from_another_artifact_than_it_writes() -> None:
-    with pytest.raises(ValueError, match="both 'spo'"):
+    with pytest.raises(ValueError, match="'spo' would be written over"):
         LearnConfig(start="spo")
+    with pytest.raises(ValueError, match="'stage1' would be written over"):
+        LearnConfig(start="spo", artifact="stage1")

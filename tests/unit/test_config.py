@@ -10,6 +10,7 @@ import pydantic
 import pytest
 
 from spo.config import RunConfig, load_config
+from spo.config_evaluate import DEFENCES
 from spo.errors import ConfigError
 from spo.records import Operator
 
@@ -213,6 +214,17 @@ def test_a_file_is_laid_over_its_base(tmp_path: Path) -> None:
     config = load_config(tmp_path / "own.yaml", ["data.benign_prompts=4"])
     assert (config.learn.steps, config.learn.beta) == (3, 0.5)
     assert (config.data.harm_prompts, config.data.benign_prompts) == (9, 4)
+
+
+def test_a_wrong_key_is_named_with_every_file_it_may_be_in(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("lern: {}\n")
+    (tmp_path / "own.yaml").write_text("base: base.yaml\n")
+    with pytest.raises(ConfigError, match=r"own.yaml with its base .*base.yaml cannot.*\n  lern"):
+        load_config(tmp_path / "own.yaml")
+
+
+def test_the_matrix_has_every_defence_that_documented_commands_make(repository: Path) -> None:
+    assert load_config(repository / "tune_configs/matrix.yaml").evaluate.defences == DEFENCES
 
 
 @pytest.mark.parametrize(
