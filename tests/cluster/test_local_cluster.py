@@ -151,7 +151,13 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(user: User, tmp_path: 
     # Twice: the step in which it was stopped, and those whose checkpoint was not yet seen.
     assert len(final) <= 8 + 3
     assert final[:done_before] == list(range(done_before))
-    SteeringArtifact.load(config.run_dir / "spo", model_id="fake")
+    first = SteeringArtifact.load(config.run_dir / "spo", model_id="fake")
+    more = ("learn.start=spo", "learn.artifact=spo-2", "learn.steps=1")
+    another = user.submit("python", "-m", "jobs.train", *settings, *more)
+    assert another.returncode == 0, another.stdout[-3000:] + another.stderr[-3000:]
+    second = SteeringArtifact.load(config.run_dir / "spo-2", model_id="fake")
+    assert second.parent == first.vector.sha256
+    assert second.method == f"{config.learn.objective} from {first.method}"
     listed = user.run(RAY, "job", "list").stdout
     assert "'stage': 'train'" in listed
 
