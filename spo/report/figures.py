@@ -114,8 +114,11 @@ def painted(theme: Theme, draw: Callable[[Theme], Figure | None]) -> bytes | Non
         return buffer.getvalue()
 
 
-def panels(theme: Theme, heights: Sequence[float], *, share_x: bool = True) -> list[Axes]:
-    figure = Figure(figsize=(_WIDTH_INCHES, sum(heights)), dpi=_DPI, layout="constrained")
+def panels(
+    theme: Theme, heights: Sequence[float], *, share_x: bool = True, width: float = 0.0
+) -> list[Axes]:
+    size = (max(width, _WIDTH_INCHES), sum(heights))
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
     grid = figure.subplots(
         len(heights), 1, sharex=share_x, squeeze=False, height_ratios=list(heights)
     )

@@ -48,7 +48,8 @@ def _matrix(record: RunRecord, theme: Theme) -> Figure | None:
         return None
     found = [[_harm(report, row, column) for column in columns] for row in rows]
     values = np.array([[math.nan if i is None else i.mean for i in line] for line in found])
-    panel = panels(theme, (0.9 + 0.52 * len(rows),))[0]
+    # Room for an interval in every column.
+    panel = panels(theme, (0.9 + 0.52 * len(rows),), width=2.6 + 0.95 * len(columns))[0]
     panel.grid(visible=False)
     colours = mpl.colormaps["YlOrRd"].with_extremes(bad=theme.line)
     top = max(0.05, float(np.nanmax(values))) if np.isfinite(values).any() else 1.0
