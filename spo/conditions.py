@@ -46,6 +46,9 @@ class Defence:
 
 UNDEFENDED = Defence(name="none")
 
+_Curves = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
+"""(attack, defence) to the curves and pictures of the attack's independent runs."""
+
 
 def open_defences(config: RunConfig, engine: Sampler, reporter: Reporter) -> list[Defence]:
     """The unsteered model and every configured defence whose artifact is there, published."""
@@ -129,13 +132,17 @@ def _with_pictures(
     base: PromptSet,
     attack: AttackConfig,
     defences: Sequence[Defence],
-    pictures: Mapping[tuple[str, str], Mapping[str, Any]],
+    pictures: _Curves,
 ) -> PromptSet:
     def shown(defence: str) -> tuple[Prompt, ...]:
-        curve = pictures[attack.name, defence]
-        each = curve.get("pictures", {})
         return tuple(
-            replace(p, image=each.get(p.prompt_id, curve["attacked"])) for p in base.prompts
+            replace(
+                prompt,
+                prompt_id=f"{prompt.prompt_id}@{number}" if number else prompt.prompt_id,
+                image=curve.get("pictures", {}).get(prompt.prompt_id, curve["attacked"]),
+            )
+            for number, curve in enumerate(pictures[attack.name, defence])
+            for prompt in base.prompts
         )
 
     adaptive = {d.name: shown(d.name) for d in defences if (attack.name, d.name) in pictures}
@@ -151,9 +158,10 @@ def _curve_sets(
     config: RunConfig,
     base: PromptSet,
     attack: AttackConfig,
-    pictures: Mapping[tuple[str, str], Mapping[str, Any]],
+    pictures: _Curves,
 ) -> list[PromptSet]:
-    """The attacked set at every checkpoint, on fewer prompts; for the attacked defence only."""
+    """The attacked set at every checkpoint of the first picture, on fewer prompts; for the attacked
+    defence only."""
     few = base.prompts[: config.evaluate.curve_prompts]
     return [
         replace(
@@ -162,7 +170,7 @@ def _curve_sets(
             prompts=tuple(replace(prompt, image=look["image"]) for prompt in few),
             only=defence,
         )
-        for (name, defence), curve in pictures.items()
+        for (name, defence), (curve, *_) in pictures.items()
         if name == attack.name == curve["attack"] and few
         for look in curve["checkpoints"]
     ]
@@ -174,20 +182,25 @@ def _pictures(
     defences: Sequence[Defence],
     model: ResolvedModel,
     reporter: Reporter,
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """(attack, defence) to its curve and pictures, made where they are not there yet."""
-    if inputs.attacked is None or inputs.attack_start is None:
+) -> _Curves:
+    """The pictures and curves of all attacks, made where they are not there yet."""
+    if inputs.attacked is None or not inputs.attack_starts:
         return {}
-    names: dict[tuple[str, str], AttackJob] = {}
+    jobs: dict[tuple[str, str], list[AttackJob]] = {}
     for attack in config.evaluate.attacks:
         if attack.kind == "pgd":
             for defence in defences if attack.adaptive else [UNDEFENDED]:
-                names[attack.name, defence.name] = _job(config, inputs, attack, defence, model)
-    made = pictures_of(list(names.values()), reporter.note, reporter.step)
-    found = {key: made[job.name] for key, job in names.items()}
+                jobs[attack.name, defence.name] = [
+                    _job(config, inputs, attack, defence, model, number)
+                    for number in range(attack.pictures)
+                ]
+    every = [job for several in jobs.values() for job in several]
+    made = pictures_of(every, reporter.note, reporter.step)
+    found = {key: [made[job.name] for job in several] for key, several in jobs.items()}
     if found:
-        widest = max(found.values(), key=lambda c: (c["defence"] == "none", c["epsilon_255"]))
-        each = {(c["attack"], c["defence"]): c for c in found.values()}
+        firsts = [several[0] for several in found.values()]
+        widest = max(firsts, key=lambda c: (c["defence"] == "none", c["epsilon_255"]))
+        each = {(c["attack"], c["defence"]): c for c in firsts}
         index = {**widest, "curves": list(each.values())}
         write_atomic(config.run_dir / "attack.json", json.dumps(index).encode())
     return found
@@ -199,6 +212,7 @@ def _job(
     attack: AttackConfig,
     defence: Defence,
     model: ResolvedModel,
+    number: int,
 ) -> AttackJob:
     if defence is UNDEFENDED:  # without a defence the adaptive attack is the blind one
         attack = attack.model_copy(update={"adaptive": False})
@@ -209,16 +223,16 @@ def _job(
     if each:
         targets = tuple(targets[i % len(targets)] for i in range(len(prompts)))
     return AttackJob(
-        name=f"{attack.name}--{defence.name}",
+        name=f"{attack.name}--{defence.name}{f'@{number}' if number else ''}",
         model=attack.made_on or model.path,
         revision=None if attack.made_on else model.revision,
-        picture=Path(inputs.attack_start or ""),
+        picture=inputs.attack_starts[number % len(inputs.attack_starts)],
         folder=config.run_dir / "attack",
         prompts=defence.asked(prompts),
         targets=targets,
         config=attack,
         learn=config.learn,
-        seed=config.seed,
+        seed=config.seed + number,
         vector=defence.vector,
         steering=defence.spec,
     )

@@ -33,6 +33,10 @@ class AttackConfig(Slice):
     """The first starts at the clean picture, the others anywhere in the ball; the best is kept."""
     targets: Positive = 8
     """Target sentences per step."""
+    pictures: Positive = 1
+    """Independent pictures of a `corpus` attack, with every prompt shown every one: how much a
+    result depends on the picture is then in its interval. The testbed starts each from another
+    clean picture, `evaluate.attack_picture` only from other draws."""
     made_on: str | None = None
     """Transfer: folder or hub id of the model that the picture is made on; None attacks the model
     under test."""
@@ -42,6 +46,8 @@ class AttackConfig(Slice):
     def _goes_together(self) -> AttackConfig:
         if self.kind != "pgd" and (self.adaptive or self.made_on):
             raise ValueError("'adaptive' and 'made_on' go with kind 'pgd' only")
+        if self.pictures > 1 and (self.kind != "pgd" or self.target != "corpus"):
+            raise ValueError("'pictures' goes with kind 'pgd' and target 'corpus' only")
         if self.adaptive and self.made_on:
             raise ValueError("an adaptive attack is made on the model under test: drop 'made_on'")
         return self

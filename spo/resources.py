@@ -47,8 +47,8 @@ class EvaluationInputs:
 
     sets: tuple[PromptSet, ...]
     checks: Mapping[str, _CHECK]
-    attack_start: Path | None = None
-    """Clean picture that picture attacks start from; None when none is run."""
+    attack_starts: tuple[Path, ...] = ()
+    """Clean pictures that picture attacks start from, in turn; none when no attack is run."""
     attack_targets: tuple[str, ...] = ()
     attack_prompts: tuple[Prompt, ...] = ()
     """Training prompts that one picture for all prompts is made on."""
@@ -185,7 +185,7 @@ def evaluation_inputs(config: RunConfig) -> EvaluationInputs:
     return EvaluationInputs(
         sets=tuple(sets),
         checks={part.condition: check for part, check in benchmarks if check},
-        attack_start=start,
+        attack_starts=() if start is None else (start,),
         attack_targets=targets,
         attack_prompts=tuple(_attack_prompts(config)) if start is not None else (),
         attacked="image" if start is not None else None,
@@ -208,7 +208,7 @@ def _testbed_inputs(config: RunConfig) -> EvaluationInputs:
     requests = tuple(data.picture_requests("heldout", image=picture)[: settings.harm_prompts])
     twins = data.benign_twins(count=settings.benign_prompts, seed=config.seed)
     texts, references = data.benign_texts(count=settings.benign_prompts, seed=config.seed)
-    attacks = any(attack.kind == "pgd" for attack in settings.attacks)
+    attacks = [attack for attack in settings.attacks if attack.kind == "pgd"]
     benchmarks = _benchmark_sets(config)
     return EvaluationInputs(
         sets=(
@@ -229,7 +229,10 @@ def _testbed_inputs(config: RunConfig) -> EvaluationInputs:
             "question": data.check_question,
             **{part.condition: check for part, check in benchmarks if check},
         },
-        attack_start=picture if attacks else None,
+        attack_starts=tuple(
+            data.clean_picture(config.cache, config.seed + 1009 * number)
+            for number in range(max((attack.pictures for attack in attacks), default=0))
+        ),
         attack_targets=tuple(data.attack_targets(16, config.seed)) if attacks else (),
         attack_prompts=tuple(data.picture_requests("train", image=picture)),
         attacked="describe" if attacks else None,

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 PICTURE = "adaptive-pgd-16-0--stage1.png"
 ADAPTIVE = "describe adaptive-pgd-16"
+BLIND = "describe pgd-16"
 CONDITIONS = {
     *("plain", "image", "describe", "caption", "question", "twin", "text"),
     *("describe pgd-16", ADAPTIVE, "typographic", "template"),
@@ -108,6 +109,9 @@ def test_evaluation_is_paired_and_steering_is_confirmed(finished: Path) -> None:
     }
     assert all(len(pictures) == 1 for pictures in adaptive.values())
     assert len(set.union(*adaptive.values())) == len(by_defence)
+    blind = [a for a in report.answers if a.condition == BLIND and a.defence == "none"]
+    assert len({a.image for a in blind}) == 2
+    assert len({(a.prompt_id, a.image) for a in blind}) == 2 * len({a.prompt for a in blind})
     hashes = {a.receipt_sha256 for a in report.answers if a.defence == "spo"}
     assert hashes == {spo.vector.sha256}
     assert {a.receipt_sha256 for a in report.answers if a.defence == "none"} == {""}

@@ -10,7 +10,7 @@ import pydantic
 import pytest
 
 from spo.config import RunConfig, load_config
-from spo.config_evaluate import DEFENCES
+from spo.config_evaluate import DEFENCES, AttackConfig
 from spo.errors import ConfigError
 from spo.records import Operator
 
@@ -234,3 +234,10 @@ def test_a_base_that_cannot_be_read_is_named(tmp_path: Path, base: str, said: st
     (tmp_path / "own.yaml").write_text(f"base: {base}\n")
     with pytest.raises(ConfigError, match=said):
         load_config(tmp_path / "own.yaml")
+
+
+def test_several_pictures_are_of_one_attack_for_all_prompts() -> None:
+    assert AttackConfig(pictures=3).pictures == 3
+    for wrong in ({"kind": "template"}, {"target": "prompt"}):
+        with pytest.raises(pydantic.ValidationError, match="'pictures' goes with"):
+            AttackConfig.model_validate({"pictures": 2, **wrong})

@@ -95,7 +95,7 @@ def test_own_evaluation_prompts_need_material_for_the_attack(tmp_path: Path) -> 
     quiet = EvaluateConfig(attacks=())
     inputs = evaluation_inputs(RunConfig(data=data, evaluate=quiet))
     assert [s.condition for s in inputs.sets] == ["plain", "benign"]
-    assert inputs.attack_start is None
+    assert inputs.attack_starts == ()
     only_benign = tmp_path / "benign.jsonl"
     only_benign.write_text('{"prompt_id": "x", "text": "?", "kind": "benign"}')
     with pytest.raises(DataError, match="no prompt of kind 'harm'"):
