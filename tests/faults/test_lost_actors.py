@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -122,38 +121,6 @@ def test_a_frozen_engine_is_restarted_and_its_requests_answered_elsewhere(pool: 
     assert len(pool.generate(requests(3))) == 6
     assert time.monotonic() - begin < 0.5 * CONFIG.request_timeout_s
     assert frozen != [pid_of(pool, i) for i in range(CONFIG.replicas)]
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_vllms_process_killed_inside_its_living_actor_takes_both_away(
-    pool: EnginePool, tiny_llava: Path
-) -> None:
-    changes = {"backend": "vllm", "replicas": 1, "dtype": "float32", "max_model_len": 256}
-    config = CONFIG.model_copy(update={**changes, "memory_gib": 0.1, "probe_interval_s": 5.0})
-    real = EnginePool.start(str(tiny_llava), None, config, prefix="core", seed=0)
-    try:
-        rows = torch.ones(1, real.info.hidden_size)
-        steering = vector().replace(
-            directions=rows, calibration=0 * rows, model_id=real.info.model_id, model_revision=""
-        )
-        real.publish("v", steering, 1)
-        asked = [replace(r, sampling=Sampling(max_tokens=6, temperature=0.0)) for r in requests(1)]
-        before = real.generate(asked)
-        actor = pid_of(real, 0)
-        cores = psutil.Process(actor).children(recursive=True)
-        killed = [core for core in cores if "EngineCore" in " ".join(core.cmdline())]
-        assert killed
-        for core in killed:
-            core.kill()
-        after = real.generate(asked)
-        assert [(r.token_ids, r.receipt) for r in after] == [
-            (r.token_ids, r.receipt) for r in before
-        ]
-        assert all(r.receipt and r.receipt.sha256 == steering.sha256 for r in after)
-        assert pid_of(real, 0) != actor
-    finally:
-        real.close()
 
 
 def test_callers_of_one_set_of_engines_neither_see_nor_evict_each_other(pool: EnginePool) -> None:
