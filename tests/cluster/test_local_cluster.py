@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -151,15 +152,22 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(user: User, tmp_path: 
     # Twice: the step in which it was stopped, and those whose checkpoint was not yet seen.
     assert len(final) <= 8 + 3
     assert final[:done_before] == list(range(done_before))
-    first = SteeringArtifact.load(config.run_dir / "spo", model_id="fake")
-    more = ("learn.start=spo", "learn.artifact=spo-2", "learn.steps=1")
-    another = user.submit("python", "-m", "jobs.train", *settings, *more)
-    assert another.returncode == 0, another.stdout[-3000:] + another.stderr[-3000:]
-    second = SteeringArtifact.load(config.run_dir / "spo-2", model_id="fake")
-    assert second.parent == first.vector.sha256
-    assert second.method == f"{config.learn.objective} from {first.method}"
+    SteeringArtifact.load(config.run_dir / "spo", model_id="fake")
     listed = user.run(RAY, "job", "list").stdout
     assert "'stage': 'train'" in listed
+
+
+def test_a_round_begins_with_the_artifact_that_it_is_told(user: User, tmp_path: Path) -> None:
+    settings = fake_settings(tmp_path, "rounds", "learn.start=first", "learn.steps=1")
+    config = load_config(None, settings)
+    start = SteeringArtifact.load(config.run_dir / "stage1", model_id="fake")
+    first = replace(start, vector=start.vector * 2.0, method="another")
+    first.save(config.run_dir / "first")
+    done = user.run(sys.executable, "-m", "jobs.train", *settings)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    made = SteeringArtifact.load(config.run_dir / "spo", model_id="fake")
+    assert made.parent == first.vector.sha256 != start.vector.sha256
+    assert made.method == f"{config.learn.objective} from another"
 
 
 def test_large_junk_beside_the_code_is_not_uploaded(user: User, tmp_path: Path) -> None:
