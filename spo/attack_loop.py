@@ -1,8 +1,8 @@
 """The attacker in the loop of Stage II: some training prompts come with attacked pictures.
 
 Pictures are made once, before the first step, on training prompts and training targets only, blind
-or (an `adaptive` attack) through the vector of `learn.start`. They are kept under a digest in the run's
-folder, so a resumed run trains on the same ones.
+or (an `adaptive` attack) through the vector of `learn.start`. They are kept under a digest in the
+run's folder, so a resumed run trains on the same ones.
 """
 
 from __future__ import annotations
