@@ -214,6 +214,8 @@ def _by_picture(
     if name == "pixel_values" and "image_grid_thw" in encoded:
         sizes: list[int] = encoded["image_grid_thw"].prod(dim=1).tolist()
         return value.split(sizes)
+    if len(value) == len(shares):
+        return value.split(1)
     return value.split((shares * len(value) // shares.sum()).tolist())
 
 

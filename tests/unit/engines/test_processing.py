@@ -228,7 +228,7 @@ def test_repeated_prompts_are_read_once_and_come_out_alike(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor = PromptProcessor(str(make_tiny_model(family, tmp_path / family)))
-    red, wide = draw(tmp_path / "a.png"), draw(tmp_path / "b.png", size=(80, 56))
+    red, wide = draw(tmp_path / "a.png"), draw(tmp_path / "b.png", size=(168, 56))
     asked = [prompt("Hi", red), prompt("What is it?"), prompt("Look", wide)]
     several = [asked[i] for i in (0, 0, 1, 2, 1, 2, 0)]
     read: list[str] = []
