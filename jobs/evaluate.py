@@ -2,7 +2,8 @@
 
 python -m jobs.evaluate --config tune_configs/matrix.yaml evaluate.harm_prompts=200
 python -m jobs.evaluate compare RUN_A RUN_B         paired differences between two evaluations
-python -m jobs.evaluate versus RUN DEFENCE OTHER    the same between two defences of one
+python -m jobs.evaluate versus RUN DEFENCE OTHER    the same between two defences of one, or, with
+                                                    RUN,RUN,..., over several (training seeds)
 python -m jobs.evaluate agreement LABELS.csv        judges against human labels
 python -m jobs.evaluate benchmarks FOLDER           public benchmarks: present, licence, source
 """
@@ -42,8 +43,10 @@ def _versus(arguments: argparse.Namespace, _: RunConfig) -> None:
     from spo.evaluation import compare_defences, format_comparison, load_report
 
     defence, other = arguments.defence, arguments.other
-    found = compare_defences(load_report(_file(arguments.run)), defence, other)
-    print(format_comparison(found, other, defence))
+    reports = [load_report(_file(run)) for run in arguments.run.split(",")]
+    found = compare_defences(reports, defence, other)
+    unit = "runs" if len(reports) > 1 else "prompts"
+    print(format_comparison(found, other, defence, unit=unit))
 
 
 def _file(run: str) -> Path:

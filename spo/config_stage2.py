@@ -126,6 +126,12 @@ class LearnConfig(Slice):
     steps: Positive = 20
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     """About how far one step moves a layer's vector, relative to the mean hidden norm."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the rate grows to `learning_rate`: Adam's first ones follow the noise of one
+    batch at full length."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """Rate after the warm-up: `linear` falls to almost nothing at the last step, so that the vector
+    does not end with the noise of the last batches."""
     train: tuple[Literal["directions", "coefficients", "gates"], ...] = ("directions",)
     """What is trained: each layer's direction; each layer's strength alone (a factor on it); the
     calibration activation, which is the offset of the `adaptive` and `clamp` gates."""
@@ -184,6 +190,14 @@ class LearnConfig(Slice):
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers")
         return self
+
+    def rate_share(self, step: int) -> float:
+        """Share of the learning rate that step `step`, from 0, is taken with; never 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "constant":
+            return 1.0
+        return max(self.steps - step, 1) / max(self.steps - self.warmup_steps, 1)
 
     @property
     def temperature(self) -> float:

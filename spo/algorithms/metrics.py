@@ -50,9 +50,48 @@ def paired_interval(
     Raises:
         DataError: a value is not finite, or the two sides share no unit.
     """
+    return _percentile_interval(_paired_means(a, b), samples=samples, seed=seed, level=level)
+
+
+def nested_interval(
+    pairs: Sequence[tuple[UnitValues, UnitValues]], *, samples: int, seed: int, level: float = 0.95
+) -> Interval:
+    """Mean of a - b over several runs, each weighing the same, with a two-level bootstrap interval.
+
+    Runs are resampled first, then the units within each: a training run is one draw of its noise,
+    however many prompts it was evaluated on. With few runs the interval is still too narrow.
+
+    Args:
+        pairs: (a, b) of each run; only units that both sides have count.
+        samples: number of bootstrap resamples.
+        seed: seed of the resampling.
+        level: coverage, between 0 and 1.
+
+    Returns:
+        `count` is the number of runs.
+
+    Raises:
+        DataError: there is no run, a value is not finite, or the sides of a run share no unit.
+    """
+    runs = [_paired_means(a, b) for a, b in pairs]
+    if not runs or any(len(run) == 0 for run in runs):
+        raise DataError(
+            f"expected runs whose sides share units, got {[len(run) for run in runs]} shared units"
+        )
+    rng = np.random.default_rng(seed)
+    resampled = np.stack(
+        [run[rng.integers(len(run), size=(samples, len(run)))].mean(axis=1) for run in runs], axis=1
+    )
+    # Two picks of one run in a sample share its resampled mean; that errs to the wide side.
+    picked = rng.integers(len(runs), size=(samples, len(runs)))
+    low, high = _quantiles(np.take_along_axis(resampled, picked, axis=1).mean(axis=1), level)
+    mean = float(np.mean([run.mean() for run in runs]))
+    return Interval(mean=mean, low=min(low, mean), high=max(high, mean), count=len(runs))
+
+
+def _paired_means(a: UnitValues, b: UnitValues) -> NDArray[np.float64]:
     left, right = unit_means(a), unit_means(b)
-    differences = np.array([left[unit] - right[unit] for unit in left if unit in right])
-    return _percentile_interval(differences, samples=samples, seed=seed, level=level)
+    return np.array([left[unit] - right[unit] for unit in left if unit in right])
 
 
 def unit_means(values_by_unit: UnitValues) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from spo.algorithms.metrics import paired_interval
+from spo.algorithms.metrics import nested_interval, paired_interval
 from spo.errors import DataError
 from spo.records import (
     EvaluatedAnswer,
@@ -78,14 +78,49 @@ def compare_reports(
 
 
 def compare_defences(
-    report: EvaluationReport, defence: str, baseline: str, *, samples: int = 2000
+    reports: Sequence[EvaluationReport], defence: str, baseline: str, *, samples: int = 2000
 ) -> list[Comparison]:
-    """Paired differences `defence` - `baseline` of one evaluation, and over its picture attacks
+    """Paired differences `defence` - `baseline` within evaluations, and over the picture attacks
     together (a prompt counts once, with the mean of its answers).
 
+    Of several runs (training seeds, say) the mean over the runs, its interval from runs and
+    prompts (`nested_interval`), with a condition that every run has.
+
     Raises:
-        DataError: one of the two was not evaluated.
+        DataError: one of the two was not evaluated in a run.
     """
+    sides = [_two_defences(report, defence, baseline) for report in reports]
+    if len(sides) == 1:
+        return _differences(*sides[0], samples=samples)
+    pairs = [(_flat(new), _flat(old)) for old, new in sides]
+    shared = set.intersection(
+        *(
+            {key for key in new.keys() & old.keys() if new[key].keys() & old[key].keys()}
+            for new, old in pairs
+        )
+    )
+    return [
+        (
+            *key,
+            nested_interval([(new[key], old[key]) for new, old in pairs], samples=samples, seed=0),
+        )
+        for key in sorted(shared)
+    ]
+
+
+def _flat(side: _Answers) -> dict[tuple[str, str, str], dict[str, list[float]]]:
+    """By condition, defence and metric."""
+    return {
+        (*key, name): units
+        for key, answers in side.items()
+        for name, units in values_of(answers).items()
+    }
+
+
+def _two_defences(
+    report: EvaluationReport, defence: str, baseline: str
+) -> tuple[_Answers, _Answers]:
+    """Answers of the baseline and of the defence, both under the defence's name."""
     answers = shown_conditions(report).answers
     names = dict.fromkeys(answer.defence for answer in answers)
     missing = [name for name in (defence, baseline) if name not in names]
@@ -101,7 +136,7 @@ def compare_defences(
             pooled = {condition for condition in conditions if part in condition}
             if len(pooled) > 1:
                 side[title, defence] = [a for a in mine if a.condition in pooled]
-    return _differences(*sides, samples=samples)
+    return sides
 
 
 _Answers = dict[tuple[str, str], list[EvaluatedAnswer]]
@@ -120,12 +155,15 @@ def _differences(old: _Answers, new: _Answers, *, samples: int) -> list[Comparis
     return sorted(found, key=lambda entry: entry[:3])
 
 
-def format_comparison(found: Sequence[Comparison], first: str, second: str) -> str:
-    """Differences as a table, those whose interval leaves out 0 marked with *."""
+def format_comparison(
+    found: Sequence[Comparison], first: str, second: str, *, unit: str = "prompts"
+) -> str:
+    """Differences as a table, those whose interval leaves out 0 marked with *; `unit` names what
+    an interval counts."""
     text = io.StringIO()
     console = Console(file=text, width=120, color_system=None)
     table = Table(title=f"{second} - {first}", title_justify="left")
-    for column in ("condition", "defence", "metric", "difference [95 %]", "prompts"):
+    for column in ("condition", "defence", "metric", "difference [95 %]", unit):
         table.add_column(column)
     for condition, defence, metric, change in found:
         mark = "*" if change.low > 0 or change.high < 0 else ""

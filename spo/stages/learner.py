@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,7 @@ class Update:
     grad_norm: float
     sequences: int
     logprob_gap: float
-    """Mean |engine - learner| of per-token answer log-probability under this vector: 0 if both
-    compute the same."""
+    """Mean |engine - learner| of a token's log-probability under this vector: 0 if they agree."""
     ratio: float
     """Mean likelihood ratio of the answers, current vector to the one that sampled them."""
     learning_rate: float
@@ -83,9 +83,9 @@ class VectorLearner:
     """Trains a steering vector on a frozen model.
 
     Directions are learned in dose units (direction / mean hidden norm of the layer), so one rate
-    fits layers of any size; Adam moves each coordinate by `learning_rate / sqrt(hidden)`, so
-    that one step changes a layer's dose by about `learning_rate`. A strength is the logarithm of a
-    factor on its layer's direction; a gate is the calibration activation, in the same units.
+    fits layers of any size; Adam moves each coordinate by `learning_rate / sqrt(hidden)`, a layer's
+    dose by about `learning_rate`. A strength is the logarithm of a factor on its layer's direction;
+    a gate is the calibration activation, in the same units.
 
     Args:
         engine: scores answers with gradients.
@@ -161,7 +161,8 @@ class VectorLearner:
             self._accumulate(part, tokens, scale, sums, batch)
         benign = self._reduce(batch.step, sums, world)
         rejected = benign > self._config.max_kl and bool(self._safe)
-        grad_norm = self._go_back() if rejected else self._step()
+        share = self._config.rate_share(batch.step)
+        grad_norm = self._go_back() if rejected else self._step(share)
         gap = sums.gap / max(sums.gap_tokens, 1.0)
         return Update(
             step=batch.step,
@@ -172,7 +173,7 @@ class VectorLearner:
             sequences=sum(map(len, groups)),
             logprob_gap=gap,
             ratio=sums.ratio / max(sum(map(len, groups)), 1),
-            learning_rate=float(self._optimizer.param_groups[0]["lr"]),
+            learning_rate=share * self._optimizer.param_groups[0]["lr"],
             rejected=rejected,
             seconds=time.monotonic() - begin,
             alarms=self._alarms(gap, benign, rejected),
@@ -182,9 +183,8 @@ class VectorLearner:
         alarms = []
         if gap > self._config.parity_bound:
             alarms.append(
-                f"parity: engine and learner differ by {gap:.3g} nats a token on the same answers, "
-                f"over learn.parity_bound={self._config.parity_bound:g}; they do not run the same "
-                "model, tokens or steering"
+                f"parity: engine and learner differ by {gap:.3g} nats a token, over "
+                f"learn.parity_bound={self._config.parity_bound:g}: other model, tokens or steering"
             )
         if rejected:
             alarms.append(
@@ -229,8 +229,7 @@ class VectorLearner:
                 "learn.learning_rate or learn.max_dose. The last checkpoint is unharmed"
             )
         loss.backward()
-        policy = scores[0].policy.detach().sum(dim=1).cpu()
-        self._count(sums, scored, policy, whole, sign)
+        self._count(sums, scored, scores[0].policy.detach().sum(dim=1).cpu(), whole, sign)
         sums.loss += float(loss.detach())
         sums.kl += float(kl.detach().sum())
         sums.tokens += float(lengths.sum())
@@ -242,7 +241,7 @@ class VectorLearner:
         sums: _Sums, scored: Sequence[ScoredRollout], policy: Tensor, whole: Batch, sign: float
     ) -> None:
         for item, value in zip(scored, policy.tolist(), strict=True):
-            sums.ratio += float(torch.tensor(value - item.rollout.logprob).clamp(-20, 20).exp())
+            sums.ratio += math.exp(min(max(value - item.rollout.logprob, -20.0), 20.0))
             engine = whole.engine_logprobs.get(item.rollout.request_id)
             if engine is not None and sign > 0:
                 sums.gap += abs(value - engine)
@@ -288,11 +287,13 @@ class VectorLearner:
             start += tensor.numel()
         return float(flat[start] / flat[start + 1].clamp_min(1.0))
 
-    def _step(self) -> float:
+    def _step(self, share: float) -> float:
         norm = float(nn.utils.clip_grad_norm_(self._trained, self._config.max_grad_norm))
         self._safe = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
         self._optimizer.step()
         with torch.no_grad():
+            for name in self._config.train:  # an Adam step is linear in its rate
+                self._tensors[name].lerp_(self._safe[name], 1.0 - share)
             doses = (self._directions() / self._norms).norm(dim=1, keepdim=True)
             cap = (self._config.max_dose / doses.clamp_min(1e-9)).clamp_max(1.0)
             self._tensors["directions"].mul_(cap)
@@ -386,15 +387,14 @@ def _in_groups(
             index[i, j], mask[i, j], rewards[i, j] = row, True, item.reward.total
             behaviour[i, j] = item.rollout.logprob
             row += 1
-    device = lengths.device
-    index = index.to(device)
+    index = index.to(lengths.device)
     return Groups(
         policy=scores[0].policy.sum(dim=1)[index],
         reference=scores[0].reference.sum(dim=1)[index],
-        behaviour=behaviour.to(device),
+        behaviour=behaviour.to(index.device),
         lengths=lengths[index],
-        rewards=rewards.to(device),
-        mask=mask.to(device),
+        rewards=rewards.to(index.device),
+        mask=mask.to(index.device),
         sign=sign,
         nulled=scores[1].policy.sum(dim=1)[index] if len(scores) > 1 else None,
     )

@@ -198,9 +198,28 @@ def test_two_defences_of_one_evaluation_are_compared_and_attacks_pooled() -> Non
         for name, steered in parts.items()
     ]
     report = replace(reports[0], answers=reports[0].answers + reports[1].answers)
-    found = {entry[:3]: entry[3] for entry in compare_defences(report, "spo", "none")}
+    found = {entry[:3]: entry[3] for entry in compare_defences([report], "spo", "none")}
     assert found[one, "spo", "toxicity"].mean == pytest.approx(-0.3)
     assert found["all adaptive PGD", "spo", "toxicity"].mean == pytest.approx(-0.2)
     assert found["all PGD", "spo", "toxicity"].count == 1
     with pytest.raises(DataError, match="no answers of"):
-        compare_defences(report, "spo", "bipo")
+        compare_defences([report], "spo", "bipo")
+
+
+def test_two_defences_are_compared_over_runs() -> None:
+    reports = [
+        _run(
+            Engine({("a", False): ["0.5 yes"], ("a", True): [steered]}),
+            [PromptSet(condition="plain", prompts=(_prompt("a"),))],
+        )
+        for steered in ("0.1 yes", "0.4 yes", "0.4 yes")
+    ]
+    found = {entry[:3]: entry[3] for entry in compare_defences(reports, "spo", "none")}
+    change = found["plain", "spo", "toxicity"]
+    assert change.mean == pytest.approx(-0.2)
+    assert change.count == 3
+    # One prompt a run: only which runs were drawn can move the mean.
+    assert (change.low, change.high) == (pytest.approx(-0.4), pytest.approx(-0.1))
+    assert "-0.200 [-0.400, -0.100]*" in format_comparison(
+        compare_defences(reports, "spo", "none"), "none", "spo", unit="runs"
+    )

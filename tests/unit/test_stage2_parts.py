@@ -123,6 +123,24 @@ def test_a_step_that_breaks_benign_answers_is_taken_back() -> None:
     assert update.learning_rate == pytest.approx(0.15 / 8**0.5)
 
 
+def test_the_rate_warms_up_and_falls() -> None:
+    config = LearnConfig(steps=6, warmup_steps=2, schedule="linear")
+    shares = [config.rate_share(step) for step in range(6)]
+    assert shares == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25])
+    assert LearnConfig(steps=6).rate_share(5) == 1.0
+    assert config.rate_share(6) > 0  # a run that was extended
+
+
+def test_a_share_of_the_rate_is_a_share_of_the_step() -> None:
+    engine = FakeEngine()
+    batch, start = batch_of(engine), start_vector(engine).directions
+    whole, part = made(engine), made(engine, warmup_steps=3)
+    whole.update(batch)
+    update = part.update(batch)
+    assert torch.allclose(part.vector.directions - start, (whole.vector.directions - start) / 4)
+    assert update.learning_rate == pytest.approx(0.3 / 8**0.5 / 4)
+
+
 def test_strengths_alone_can_be_trained() -> None:
     engine = FakeEngine()
     one = made(engine, train=("coefficients",))
