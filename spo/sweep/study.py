@@ -197,6 +197,8 @@ class SweepSearch(OptunaSearch):  # type: ignore[misc]
         self._on_result = on_result
         self._base_id: str | None = None
         self._numbers: dict[str, int] = {}
+        self._running: dict[str, str] = {}  # digests by Tune id, the base's too
+        self._waiting: tuple[optuna.Trial, dict[str, Any]] | None = None
         self.failed = 0
         config = plan.sweep
         self._grid_size = (
@@ -221,24 +223,35 @@ class SweepSearch(OptunaSearch):  # type: ignore[misc]
         return self._grid_size or self._plan.sweep.search.trials
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The base setting first, then Optuna's points until the target is reached."""
+        """The base setting first, then Optuna's points until the target is reached.
+
+        A point whose twin runs (the base's own, say) waits for it: both would train in one folder.
+        """
         if self.failed > self._plan.sweep.search.max_failed:
             return str(Searcher.FINISHED)
         if self._base_id is None:
-            base = self._plan.folder.trial(self._plan.digest(self._plan.base))
-            kept = read_result(base)
+            digest = self._plan.digest(self._plan.base)
+            kept = read_result(self._plan.folder.trial(digest))
             self._base_id = trial_id
             if kept is None or not kept.whole:
+                self._running[trial_id] = digest
                 return {"label": BASE, "values": {}}
-        running = len(self._numbers)
-        if counted(self._ot_study) + running >= self.target:
-            # Not FINISHED while some run: one of them may fail, and its place is then free.
-            return None if running else str(Searcher.FINISHED)
-        values = super().suggest(trial_id)
-        trial = self._ot_trials[trial_id]
+        if self._waiting is None:
+            running = len(self._numbers)
+            if counted(self._ot_study) + running >= self.target:
+                # Not FINISHED while some run: one of them may fail, and its place is then free.
+                return None if running else str(Searcher.FINISHED)
+            values = super().suggest(trial_id)
+            self._waiting = self._ot_trials.pop(trial_id), values
+        trial, values = self._waiting
+        digest = self._plan.digest(self._point_space.config(values))
+        if digest in self._running.values():
+            return None
+        self._waiting = None
+        self._ot_trials[trial_id] = trial
         self._numbers[trial_id] = trial.number
-        config = self._point_space.config(values)
-        trial.set_user_attr(DIGEST, self._plan.digest(config))
+        self._running[trial_id] = digest
+        trial.set_user_attr(DIGEST, digest)
         settings = self._point_space.settings(values)
         trial.set_user_attr(SETTINGS, json.dumps(settings))
         return {"label": f"{trial.number:04d}", "values": values}
@@ -247,6 +260,7 @@ class SweepSearch(OptunaSearch):  # type: ignore[misc]
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Tell Optuna what a trial reached."""
+        self._running.pop(trial_id, None)
         if trial_id not in self._numbers:
             if error:
                 self.failed = self._plan.sweep.search.max_failed + 1

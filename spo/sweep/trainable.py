@@ -119,6 +119,7 @@ class SweepTrainable(tune.Trainable):  # type: ignore[misc]
         )
 
     def _end(self) -> None:
+        self._trial.close()
         if self._lease is not None:
             self._lease.end(keep=not self._plan.trains)
             self._lease = None

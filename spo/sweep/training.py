@@ -77,6 +77,10 @@ class TrialTraining:
             ledger=Ledger(folder / "ledger.jsonl"),
             recorder=Recorder(config.reward, history=folder / "history.jsonl"),
         )
+        # One loop for all rungs: rollouts of the next step are under way when a rung ends.
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         engine = config.engine
         self._timeout_s = float(
             engine.start_timeout_s + 2 * engine.request_timeout_s + config.reward.timeout_s
@@ -87,9 +91,7 @@ class TrialTraining:
         first = self._resume(start)
         learner = self._learner
         assert learner is not None
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever, daemon=True)
-        thread.start()
+        loop = self._loop
 
         def wait(coroutine: Coroutine[Any, Any, _Result], what: str) -> _Result:
             future = asyncio.run_coroutine_threadsafe(coroutine, loop)
@@ -110,11 +112,12 @@ class TrialTraining:
             snapshot = wait(self._recorded(figures), "the coordinator")
             self._checkpoint(learner, update.step + 1, snapshot)
 
-        try:
-            return train(learner, next_batch, steps=range(first, until), after_step=after_step)
-        finally:
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join(timeout=self._timeout_s)
+        return train(learner, next_batch, steps=range(first, until), after_step=after_step)
+
+    def close(self) -> None:
+        """End what is still sampled ahead, e.g. for a trial that is stopped at a rung."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=self._timeout_s)
 
     async def _recorded(self, figures: Mapping[str, Any]) -> Mapping[str, Any]:
         return self._coordinator.record(figures)

@@ -98,6 +98,12 @@ class Trial:
         write_atomic(self.folder / "result.json", result.to_json().encode())
         return result
 
+    def close(self) -> None:
+        """End its background work; a new `Trial` on the same folder continues."""
+        if self._trained is not None:
+            self._trained.close()
+            self._trained = None
+
     def _training(self) -> TrialTraining:
         if self._trained is None:
             self._trained = TrialTraining(

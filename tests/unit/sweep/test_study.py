@@ -16,7 +16,7 @@ from spo.artifact import SteeringArtifact
 from spo.errors import ConfigError, DataError
 from spo.sweep.outcome import choose, export, load_outcome, numbered, parse_limits
 from spo.sweep.rungs import dominates
-from spo.sweep.study import locked, open_study
+from spo.sweep.study import SweepSearch, locked, open_study, queue_first
 from tests.example_sweep import (
     COEFFICIENTS,
     TRAINING,
@@ -25,6 +25,7 @@ from tests.example_sweep import (
     plan_of,
     save_vector,
     search_here,
+    trial_of,
 )
 
 
@@ -70,6 +71,36 @@ def test_the_choice_is_best_within_its_limits(tmp_path: Path) -> None:
         numbered(outcome, 99)
     with pytest.raises(ConfigError, match="METRIC=VALUE"):
         parse_limits(["beauty=3"])
+
+
+def test_a_point_whose_twin_runs_waits_for_it(tmp_path: Path) -> None:
+    """Both would train in one folder and publish one name."""
+    save_vector(tmp_path / "vector")
+    first = [{"learn.learning_rate": 0.1}, {"learn.learning_rate": 0.3}]  # 0.1: the base's own
+    sweep, base = configs(
+        tmp_path, space=TRAINING, first=first, search={"trials": 2, "concurrent": 2}
+    )
+    plan = plan_of(sweep, base)
+    study = open_study(plan.folder, sweep, base)
+    queue_first(study, plan.space(), sweep)
+    searcher = SweepSearch(plan, study, stopped=set(), on_result=lambda *_: None)
+    begun = searcher.suggest("base")
+    assert isinstance(begun, dict)
+    assert searcher.suggest("a") is None
+    assert searcher.suggest("b") is None, "no other is taken out of the queue meanwhile"
+    found = trial_of(plan, begun["values"]).advance()
+    searcher.on_trial_complete("base", {"digest": found.digest, "base": True})
+    twin = searcher.suggest("c")
+    assert isinstance(twin, dict)
+    assert twin["values"] == first[0]
+    assert trial_of(plan, twin["values"]).advance() == found, "read, not trained again"
+    other = searcher.suggest("d")
+    assert isinstance(other, dict)
+    assert other["values"] == first[1]
+    for name, point in (("c", twin), ("d", other)):
+        whole = trial_of(plan, point["values"]).advance()
+        searcher.on_trial_complete(name, {"digest": whole.digest, "base": False})
+    assert searcher.suggest("e") == "FINISHED"
 
 
 @pytest.mark.parametrize("algorithm", ["random", "nsga2", "grid"])

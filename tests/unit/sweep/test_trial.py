@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,26 @@ def test_training_helps_and_is_measured_at_the_rungs(folder: Path) -> None:
     artifact = SteeringArtifact.load(trial.folder / "artifact", model_id="fake")
     assert artifact.vector.sha256 == last.sha256
     assert artifact.parent == known_vector().sha256
+
+
+def test_rollouts_that_are_under_way_at_a_rung_serve_the_next_step(folder: Path) -> None:
+    class Slow(FakeEngine):
+        def generate(self, requests: Any) -> Any:
+            time.sleep(0.05)
+            return super().generate(requests)
+
+    search = {"trials": 2, "asha": {"grace_steps": 2, "reduction_factor": 3}}
+    sweep, base = configs(folder, space=TRAINING, search=search)
+    ahead = base.model_copy(
+        update={"rollout": base.rollout.model_copy(update={"max_staleness": 1})}
+    )
+    trial = trial_of(plan_of(sweep, ahead), {"learn.learning_rate": 1.0}, Slow())
+    trial.advance()
+    assert trial.advance().whole
+    entries = read_history(trial.folder)
+    assert [entry["step"] for entry in entries] == list(range(6))
+    assert entries[2]["staleness"]["max"] == 1, "sampled before the rung, used after it"
+    trial.close()
 
 
 def test_a_killed_trial_goes_on_at_its_last_step(
