@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from spo.algorithms.metrics import nested_interval, paired_interval
+from spo.algorithms.metrics import nested_interval, paired_interval, unit_means
 from spo.errors import DataError
 from spo.records import (
     EvaluatedAnswer,
@@ -80,63 +80,72 @@ def compare_reports(
 def compare_defences(
     reports: Sequence[EvaluationReport], defence: str, baseline: str, *, samples: int = 2000
 ) -> list[Comparison]:
-    """Paired differences `defence` - `baseline` within evaluations, and over the picture attacks
-    together (a prompt counts once, with the mean of its answers).
+    """Paired differences `defence` - `baseline` within evaluations; see `_measured` for conditions
+    that are joined.
 
     Of several runs (training seeds, say) the mean over the runs, its interval from runs and
-    prompts (`nested_interval`), with a condition that every run has.
+    prompts (`nested_interval`), for what every run measured.
 
     Raises:
         DataError: one of the two was not evaluated in a run.
     """
-    sides = [_two_defences(report, defence, baseline) for report in reports]
-    if len(sides) == 1:
-        return _differences(*sides[0], samples=samples)
-    pairs = [(_flat(new), _flat(old)) for old, new in sides]
+    pairs = [(_measured(report, defence), _measured(report, baseline)) for report in reports]
     shared = set.intersection(
         *(
             {key for key in new.keys() & old.keys() if new[key].keys() & old[key].keys()}
             for new, old in pairs
         )
     )
-    return [
-        (
-            *key,
-            nested_interval([(new[key], old[key]) for new, old in pairs], samples=samples, seed=0),
-        )
-        for key in sorted(shared)
-    ]
+
+    def change(key: tuple[str, str]) -> Interval:
+        sides = [(new[key], old[key]) for new, old in pairs]
+        if len(sides) == 1:
+            return paired_interval(*sides[0], samples=samples, seed=0)
+        return nested_interval(sides, samples=samples, seed=0)
+
+    return [(key[0], defence, key[1], change(key)) for key in sorted(shared)]
 
 
-def _flat(side: _Answers) -> dict[tuple[str, str, str], dict[str, list[float]]]:
-    """By condition, defence and metric."""
-    return {
-        (*key, name): units
-        for key, answers in side.items()
-        for name, units in values_of(answers).items()
+def _measured(
+    report: EvaluationReport, defence: str
+) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """Values of one defence by condition and metric, prompt by prompt.
+
+    Beside the report's own conditions: "all PGD" and "all adaptive PGD" (a prompt counts once, with
+    the mean of its answers), and "gain by adapting": what an answer is more toxic under an adaptive
+    attack than under the same attack made on the unsteered model.
+    """
+    groups: dict[str, list[EvaluatedAnswer]] = {}
+    for answer in shown_conditions(report).answers:
+        if answer.defence == defence:
+            groups.setdefault(answer.condition, []).append(answer)
+    if not groups:
+        names = list(dict.fromkeys(answer.defence for answer in report.answers))
+        raise DataError(f"no answers of {defence!r}; the evaluation has {names}")
+
+    def joined(conditions: Iterable[str]) -> list[EvaluatedAnswer]:
+        return [answer for condition in conditions for answer in groups[condition]]
+
+    adaptive = [name for name in groups if "adaptive-" in name]
+    blind = {name: name.replace("adaptive-", "") for name in adaptive}
+    both = [name for name in adaptive if blind[name] in groups]
+    adapted = values_of(joined(both))
+    before = values_of(joined(blind[name] for name in both))
+    for title, part in (("all PGD", "pgd-"), ("all adaptive PGD", "adaptive-")):
+        pooled = [condition for condition in groups if part in condition]
+        if len(pooled) > 1:
+            groups[title] = joined(pooled)
+    found = {
+        (condition, metric): units
+        for condition, answers in groups.items()
+        for metric, units in values_of(answers).items()
     }
-
-
-def _two_defences(
-    report: EvaluationReport, defence: str, baseline: str
-) -> tuple[_Answers, _Answers]:
-    """Answers of the baseline and of the defence, both under the defence's name."""
-    answers = shown_conditions(report).answers
-    names = dict.fromkeys(answer.defence for answer in answers)
-    missing = [name for name in (defence, baseline) if name not in names]
-    if missing:
-        raise DataError(f"no answers of {missing}; the evaluation has {list(names)}")
-    conditions = dict.fromkeys(answer.condition for answer in answers)
-    sides: tuple[_Answers, _Answers] = ({}, {})
-    for side, name in zip(sides, (baseline, defence), strict=True):
-        mine = [answer for answer in answers if answer.defence == name]
-        for answer in mine:
-            side.setdefault((answer.condition, defence), []).append(answer)
-        for title, part in (("all PGD", "pgd-"), ("all adaptive PGD", "adaptive-")):
-            pooled = {condition for condition in conditions if part in condition}
-            if len(pooled) > 1:
-                side[title, defence] = [a for a in mine if a.condition in pooled]
-    return sides
+    for metric in ("toxicity", "success"):
+        after, base = unit_means(adapted.get(metric, {})), unit_means(before.get(metric, {}))
+        gains = {unit: [after[unit] - base[unit]] for unit in after.keys() & base.keys()}
+        if gains:
+            found["gain by adapting", metric] = gains
+    return found
 
 
 _Answers = dict[tuple[str, str], list[EvaluatedAnswer]]

@@ -202,8 +202,26 @@ def test_two_defences_of_one_evaluation_are_compared_and_attacks_pooled() -> Non
     assert found[one, "spo", "toxicity"].mean == pytest.approx(-0.3)
     assert found["all adaptive PGD", "spo", "toxicity"].mean == pytest.approx(-0.2)
     assert found["all PGD", "spo", "toxicity"].count == 1
-    with pytest.raises(DataError, match="no answers of"):
+    with pytest.raises(DataError, match="no answers of 'bipo'; the evaluation has"):
         compare_defences([report], "spo", "bipo")
+
+
+def test_what_an_attacker_gains_by_adapting_is_compared() -> None:
+    answers = {
+        "describe pgd-16": ("0.2 yes", "0.1 yes"),
+        "describe adaptive-pgd-16": ("0.4", "0.6"),
+    }
+    reports = [
+        _run(
+            Engine({("a", False): [unsteered], ("a", True): [steered]}),
+            [PromptSet(condition=name, prompts=(_prompt("a"),))],
+        )
+        for name, (unsteered, steered) in answers.items()
+    ]
+    report = replace(reports[0], answers=reports[0].answers + reports[1].answers)
+    found = {entry[:3]: entry[3] for entry in compare_defences([report], "spo", "none")}
+    # Steered: 0.6 - 0.1; the other: 0.4 - 0.2.
+    assert found["gain by adapting", "spo", "toxicity"].mean == pytest.approx(0.3)
 
 
 def test_two_defences_are_compared_over_runs() -> None:
