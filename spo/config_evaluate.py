@@ -34,9 +34,9 @@ class AttackConfig(Slice):
     targets: Positive = 8
     """Target sentences per step."""
     pictures: Positive = 1
-    """Independent pictures of a `corpus` attack, with every prompt shown every one: how much a
-    result depends on the picture is then in its interval. The testbed starts each from another
-    clean picture, `evaluate.attack_picture` only from other draws."""
+    """Independent pictures of a `corpus` attack, with every prompt shown every one; results are
+    means over them, intervals are over prompts, for these pictures. The testbed starts each from
+    another clean picture, `evaluate.attack_picture` only from other draws."""
     made_on: str | None = None
     """Transfer: folder or hub id of the model that the picture is made on; None attacks the model
     under test."""

@@ -128,7 +128,7 @@ class LearnConfig(Slice):
     """About how far one step moves a layer's vector, relative to the mean hidden norm."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps in which the rate grows to `learning_rate`: Adam's first ones follow the noise of one
-    batch at full length."""
+    batch at full length. A run of fewer steps never reaches the whole rate."""
     schedule: Literal["constant", "linear"] = "constant"
     """Rate after the warm-up: `linear` falls to almost nothing at the last step, so that the vector
     does not end with the noise of the last batches."""

@@ -9,10 +9,8 @@ the answers' hashes: the shape of the work is real, what is learned means nothin
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +26,7 @@ from spo.engines.plan import SteeringPlan, TokenBatch, token_kl, token_logprobs
 from spo.engines.vllm_plugin.shapes import write_shape
 from spo.errors import EngineError
 from spo.records import Batch, Operator, Positions, Prompt, PromptKind, Rollout
+from spo.stages.background import BackgroundLoop
 from spo.stages.coordinator import Coordinator, Settings
 from spo.stages.learner import VectorLearner
 from spo.stages.rollout import EnginePool
@@ -251,11 +250,7 @@ def _loop(
     )
     config = LearnConfig(micro_batch=settings["micro"], max_kl=1e9, learning_rate=0.01)
     learner = VectorLearner(engine, vector, steering=steering, config=config)
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-
-    def call(awaitable: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(awaitable, loop).result()
+    loop = BackgroundLoop(timeout_s=max(60.0, end - time.monotonic()))
 
     async def record(step: int) -> None:
         coordinator.record({"step": step, "learn_s": 0.0})
@@ -265,15 +260,17 @@ def _loop(
     times: list[float] = []
     for step in range(steps):
         begin = time.perf_counter()
-        batch: Batch = call(coordinator.batch(step, learner.vector))
+        batch: Batch = loop.wait(
+            coordinator.batch(step, learner.vector), f"the rollouts of step {step}"
+        )
         learned.append(learner.update(batch).seconds)
         taken = coordinator.idle_seconds()
-        call(record(step))
+        loop.wait(record(step), "the coordinator")
         times.append(time.perf_counter() - begin)
         idle.append(taken)
         if time.monotonic() > end:
             break
-    loop.call_soon_threadsafe(loop.stop)
+    loop.close()
     return _loop_figures(engine, settings, times, learned, idle)
 
 

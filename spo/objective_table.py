@@ -6,9 +6,7 @@ Ray Train around it; coordinator, engines and reward models are those of every r
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +26,7 @@ from spo.records import Batch
 from spo.refine import Pools, load_artifact, make_coordinator, train
 from spo.resources import evaluation_inputs, open_judge, training_prompts
 from spo.stage1 import run_estimate, run_extract
+from spo.stages.background import BackgroundLoop
 from spo.stages.learner import Update, VectorLearner
 from spo.vector import SteeringVector
 
@@ -114,25 +113,25 @@ def _refine(
     prompts = with_attacked(drawn, config, start, pools.model, Silent())
     history = config.run_dir / f"history-{config.learn.objective}-{config.seed}.jsonl"
     history.write_text("")
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
+    engines = config.engine
+    loop = BackgroundLoop(float(engines.start_timeout_s + 2 * engines.request_timeout_s))
     coordinator = make_coordinator(prompts, config, pools.rollouts, pools.rewards, history)
     learner = VectorLearner(engine, start.vector, steering=config.steering, config=config.learn)
     updates: list[Update] = []
 
     def next_batch(step: int, vector: SteeringVector) -> Batch:
-        return asyncio.run_coroutine_threadsafe(coordinator.batch(step, vector), loop).result()
+        return loop.wait(coordinator.batch(step, vector), f"the rollouts of step {step}")
 
     def after_step(update: Update, vector: SteeringVector) -> None:
         async def record() -> None:
             figures = {"step": update.step, "learn_s": update.seconds, "kl": update.kl}
             coordinator.record(figures | {"alarms": list(update.alarms)})
 
-        asyncio.run_coroutine_threadsafe(record(), loop).result()
+        loop.wait(record(), "the coordinator")
         updates.append(update)
 
     vector = train(learner, next_batch, steps=range(config.learn.steps), after_step=after_step)
-    loop.call_soon_threadsafe(loop.stop)
+    loop.close()
     pools.rollouts.retire(f"spo-{config.learn.objective}-{config.seed}")
     rewards = [json.loads(line)["reward"] for line in history.read_text().splitlines()]
     return vector, {"reward": float(np.mean(rewards[-2:])), "kl_benign": updates[-1].kl_benign}

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, rankdata
+from scipy.stats import norm, rankdata, t
 
 from spo.errors import DataError
 from spo.records import Interval
@@ -53,40 +53,35 @@ def paired_interval(
     return _percentile_interval(_paired_means(a, b), samples=samples, seed=seed, level=level)
 
 
-def nested_interval(
-    pairs: Sequence[tuple[UnitValues, UnitValues]], *, samples: int, seed: int, level: float = 0.95
+def runs_interval(
+    pairs: Sequence[tuple[UnitValues, UnitValues]], *, level: float = 0.95
 ) -> Interval:
-    """Mean of a - b over several runs, each weighing the same, with a two-level bootstrap interval.
+    """Mean of a - b over independent runs (training seeds, say), with Student's t interval.
 
-    Runs are resampled first, then the units within each: a training run is one draw of its noise,
-    however many prompts it was evaluated on. With few runs the interval is still too narrow.
+    A run is one draw, however many prompts it was evaluated on: its mean difference is the datum.
+    Prompts that all runs share are given, not drawn: the interval does not hold their noise.
 
     Args:
         pairs: (a, b) of each run; only units that both sides have count.
-        samples: number of bootstrap resamples.
-        seed: seed of the resampling.
         level: coverage, between 0 and 1.
 
     Returns:
         `count` is the number of runs.
 
     Raises:
-        DataError: there is no run, a value is not finite, or the sides of a run share no unit.
+        DataError: fewer than two runs, a value is not finite, or the sides of a run share no unit.
     """
+    _check_level(level)
     runs = [_paired_means(a, b) for a, b in pairs]
-    if not runs or any(len(run) == 0 for run in runs):
+    if len(runs) < 2 or any(len(run) == 0 for run in runs):
         raise DataError(
-            f"expected runs whose sides share units, got {[len(run) for run in runs]} shared units"
+            "expected at least two runs whose sides share units, got runs of "
+            f"{[len(run) for run in runs]} shared units"
         )
-    rng = np.random.default_rng(seed)
-    resampled = np.stack(
-        [run[rng.integers(len(run), size=(samples, len(run)))].mean(axis=1) for run in runs], axis=1
-    )
-    # Two picks of one run in a sample share its resampled mean; that errs to the wide side.
-    picked = rng.integers(len(runs), size=(samples, len(runs)))
-    low, high = _quantiles(np.take_along_axis(resampled, picked, axis=1).mean(axis=1), level)
-    mean = float(np.mean([run.mean() for run in runs]))
-    return Interval(mean=mean, low=min(low, mean), high=max(high, mean), count=len(runs))
+    means = np.array([run.mean() for run in runs])
+    mean, error = float(means.mean()), float(means.std(ddof=1)) / math.sqrt(len(means))
+    half = float(t.ppf(0.5 + level / 2, len(means) - 1)) * error
+    return Interval(mean=mean, low=mean - half, high=mean + half, count=len(runs))
 
 
 def _paired_means(a: UnitValues, b: UnitValues) -> NDArray[np.float64]:

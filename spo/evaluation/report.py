@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from spo.algorithms.metrics import nested_interval, paired_interval, unit_means
+from spo.algorithms.metrics import paired_interval, runs_interval, unit_means
 from spo.errors import DataError
 from spo.records import (
     EvaluatedAnswer,
@@ -80,17 +81,23 @@ def compare_reports(
 def compare_defences(
     reports: Sequence[EvaluationReport], defence: str, baseline: str, *, samples: int = 2000
 ) -> list[Comparison]:
-    """Paired differences `defence` - `baseline` within evaluations; see `_measured` for conditions
-    that are joined.
+    """Paired differences `defence` - `baseline` within evaluations, on the conditions that all of
+    them have; see `_measured` for those that are joined. The unsteered model has no attack adapted
+    to it, so it is not compared there.
 
-    Of several runs (training seeds, say) the mean over the runs, its interval from runs and
-    prompts (`nested_interval`), for what every run measured.
+    Of several runs (training seeds, say) the mean over the runs with its interval over runs.
 
     Raises:
-        DataError: one of the two was not evaluated in a run.
+        DataError: one of the two was not evaluated in a run, or nothing is shared.
     """
-    pairs = [(_measured(report, defence), _measured(report, baseline)) for report in reports]
-    shared = set.intersection(
+    sides = [[_by_condition(report, name) for name in (defence, baseline)] for report in reports]
+    shared = set.intersection(*({*groups} for pair in sides for groups in pair))
+    if BASELINE in (defence, baseline):
+        shared = {condition for condition in shared if _ADAPTIVE not in condition}
+    if not shared:
+        raise DataError(f"{defence!r} and {baseline!r} have no condition in common in every run")
+    pairs = [(_measured(new, shared), _measured(old, shared)) for new, old in sides]
+    keys = set.intersection(
         *(
             {key for key in new.keys() & old.keys() if new[key].keys() & old[key].keys()}
             for new, old in pairs
@@ -98,23 +105,20 @@ def compare_defences(
     )
 
     def change(key: tuple[str, str]) -> Interval:
-        sides = [(new[key], old[key]) for new, old in pairs]
-        if len(sides) == 1:
-            return paired_interval(*sides[0], samples=samples, seed=0)
-        return nested_interval(sides, samples=samples, seed=0)
+        both = [(new[key], old[key]) for new, old in pairs]
+        return (
+            paired_interval(*both[0], samples=samples, seed=0)
+            if len(both) == 1
+            else runs_interval(both)
+        )
 
-    return [(key[0], defence, key[1], change(key)) for key in sorted(shared)]
+    return [(key[0], defence, key[1], change(key)) for key in sorted(keys)]
 
 
-def _measured(
-    report: EvaluationReport, defence: str
-) -> dict[tuple[str, str], dict[str, list[float]]]:
-    """Values of one defence by condition and metric, prompt by prompt.
+_ADAPTIVE = "adaptive-"
 
-    Beside the report's own conditions: "all PGD" and "all adaptive PGD" (a prompt counts once, with
-    the mean of its answers), and "gain by adapting": what an answer is more toxic under an adaptive
-    attack than under the same attack made on the unsteered model.
-    """
+
+def _by_condition(report: EvaluationReport, defence: str) -> dict[str, list[EvaluatedAnswer]]:
     groups: dict[str, list[EvaluatedAnswer]] = {}
     for answer in shown_conditions(report).answers:
         if answer.defence == defence:
@@ -122,24 +126,35 @@ def _measured(
     if not groups:
         names = list(dict.fromkeys(answer.defence for answer in report.answers))
         raise DataError(f"no answers of {defence!r}; the evaluation has {names}")
+    return groups
 
-    def joined(conditions: Iterable[str]) -> list[EvaluatedAnswer]:
-        return [answer for condition in conditions for answer in groups[condition]]
 
-    adaptive = [name for name in groups if "adaptive-" in name]
-    blind = {name: name.replace("adaptive-", "") for name in adaptive}
-    both = [name for name in adaptive if blind[name] in groups]
-    adapted = values_of(joined(both))
-    before = values_of(joined(blind[name] for name in both))
-    for title, part in (("all PGD", "pgd-"), ("all adaptive PGD", "adaptive-")):
-        pooled = [condition for condition in groups if part in condition]
+def _measured(
+    groups: dict[str, list[EvaluatedAnswer]], conditions: set[str]
+) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """Values of one defence by condition and metric, prompt by prompt.
+
+    Beside the given conditions: "all PGD" and "all adaptive PGD" (a prompt counts once, with the
+    mean of its answers), and "gain by adapting": what an answer is more toxic under an adaptive
+    attack than under the same attack made on the unsteered model.
+    """
+
+    def joined(names: Iterable[str]) -> list[EvaluatedAnswer]:
+        return [answer for name in names for answer in groups[name]]
+
+    parts = {name: groups[name] for name in conditions}
+    for title, part in (("all PGD", "pgd-"), ("all adaptive PGD", _ADAPTIVE)):
+        pooled = [name for name in conditions if part in name]
         if len(pooled) > 1:
-            groups[title] = joined(pooled)
+            parts[title] = joined(pooled)
     found = {
         (condition, metric): units
-        for condition, answers in groups.items()
+        for condition, answers in parts.items()
         for metric, units in values_of(answers).items()
     }
+    blind = {name: name.replace(_ADAPTIVE, "") for name in conditions if _ADAPTIVE in name}
+    both = [name for name, other in blind.items() if other in conditions]
+    adapted, before = values_of(joined(both)), values_of(joined(blind[name] for name in both))
     for metric in ("toxicity", "success"):
         after, base = unit_means(adapted.get(metric, {})), unit_means(before.get(metric, {}))
         gains = {unit: [after[unit] - base[unit]] for unit in after.keys() & base.keys()}
@@ -195,12 +210,18 @@ def shown_conditions(report: EvaluationReport) -> EvaluationReport:
     )
 
 
+_PICTURE = re.compile(r"@\d+$")
+"""Ends the id of a prompt that is shown another picture of the same attack."""
+
+
 def values_of(answers: Iterable[EvaluatedAnswer]) -> dict[str, dict[str, list[float]]]:
-    """Metric to prompt to the values of its samples."""
+    """Metric to prompt to the values of its samples, those of all its pictures together: answers to
+    one prompt are not independent, whatever the picture."""
     values: dict[str, dict[str, list[float]]] = {}
     for answer in answers:
+        prompt = _PICTURE.sub("", answer.prompt_id)
         for name, value in answer.measures.items():
-            values.setdefault(name, {}).setdefault(answer.prompt_id, []).append(value)
+            values.setdefault(name, {}).setdefault(prompt, []).append(value)
     return values
 
 

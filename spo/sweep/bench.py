@@ -24,7 +24,7 @@ class Speed:
     trials: int
     """Whole trials, the base setting included."""
     seconds: float
-    """Search alone, from the first engine's start to the last trial's end: what a trial needs."""
+    """The whole sweep: extraction where the space needs one, engine start, search."""
 
     @property
     def per_hour(self) -> float:
@@ -43,8 +43,8 @@ def compare_pools(
     """Run the same space in both modes on the same cluster; Ray must be connected.
 
     The shared pool's start counts in its time, so its rate grows with the number of trials; an
-    isolated trial starts engine and reward models each time. Both modes extract nothing: give the
-    sweep a `vector`. Results go to `bench.json` in the base's output folder as they come.
+    isolated trial starts engine and reward models each time. With a `vector` neither mode extracts.
+    Results go to `bench.json` in the base's output folder as they come.
     """
     speeds: list[Speed] = []
     for mode, trials in (("shared", shared_trials), ("isolated", isolated_trials)):

@@ -110,6 +110,8 @@ class LeasedSampler:
                 return
 
     def _check(self) -> None:
+        if self._ended.is_set():
+            raise StageError(f"trial {self._trial} has ended; nothing more is sampled for it")
         if self._lost.is_set():
             raise StageError(
                 f"trial {self._trial} lost its lease: it gave no sign of life for "
@@ -122,7 +124,6 @@ class LeasedSampler:
     ) -> list[Any]:
         results: list[Any] = []
         while len(results) < len(requests):
-            self._check()
             part = self._enter(requests[len(results) :])
             try:
                 results += send(part)
@@ -134,6 +135,7 @@ class LeasedSampler:
         """As many of the requests as this trial may send now; waits while it may send none."""
         with self._room:
             while True:
+                self._check()
                 share = self._office.share(self._trial)
                 if self._inside == 0 or self._inside < share:
                     part = requests[: max(1, share - self._inside)]

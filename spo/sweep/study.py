@@ -198,7 +198,7 @@ class SweepSearch(OptunaSearch):  # type: ignore[misc]
         self._base_id: str | None = None
         self._numbers: dict[str, int] = {}
         self._running: dict[str, str] = {}  # digests by Tune id, the base's too
-        self._waiting: tuple[optuna.Trial, dict[str, Any]] | None = None
+        self._waiting: list[tuple[optuna.Trial, dict[str, Any]]] = []
         self.failed = 0
         config = plan.sweep
         self._grid_size = (
@@ -236,24 +236,40 @@ class SweepSearch(OptunaSearch):  # type: ignore[misc]
             if kept is None or not kept.whole:
                 self._running[trial_id] = digest
                 return {"label": BASE, "values": {}}
-        if self._waiting is None:
-            running = len(self._numbers)
-            if counted(self._ot_study) + running >= self.target:
-                # Not FINISHED while some run: one of them may fail, and its place is then free.
-                return None if running else str(Searcher.FINISHED)
+        return self._released(trial_id) or self._asked(trial_id)
+
+    def _released(self, trial_id: str) -> dict[str, Any] | None:
+        """A point that has waited long enough."""
+        for place, (trial, values) in enumerate(self._waiting):
+            digest = trial.user_attrs[DIGEST]
+            if digest in self._running.values():
+                continue
+            del self._waiting[place]
+            kept = read_result(self._plan.folder.trial(digest))
+            if kept is not None and not kept.whole:  # stopped at a rung, and so is this one
+                self._ot_study.tell(trial.number, state=TrialState.PRUNED)
+                return self._released(trial_id)
+            return self._begun(trial_id, trial, values)
+        return None
+
+    def _asked(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Optuna's next point whose twin does not run."""
+        while counted(self._ot_study) + len(self._numbers) + len(self._waiting) < self.target:
             values = super().suggest(trial_id)
-            self._waiting = self._ot_trials.pop(trial_id), values
-        trial, values = self._waiting
-        digest = self._plan.digest(self._point_space.config(values))
-        if digest in self._running.values():
-            return None
-        self._waiting = None
+            trial = self._ot_trials.pop(trial_id)
+            digest = self._plan.digest(self._point_space.config(values))
+            trial.set_user_attr(DIGEST, digest)
+            trial.set_user_attr(SETTINGS, json.dumps(self._point_space.settings(values)))
+            if digest not in self._running.values():
+                return self._begun(trial_id, trial, values)
+            self._waiting.append((trial, values))
+        # Not FINISHED while some run: one of them may fail, and its place is then free.
+        return None if self._numbers or self._waiting else str(Searcher.FINISHED)
+
+    def _begun(self, trial_id: str, trial: optuna.Trial, values: dict[str, Any]) -> dict[str, Any]:
         self._ot_trials[trial_id] = trial
         self._numbers[trial_id] = trial.number
-        self._running[trial_id] = digest
-        trial.set_user_attr(DIGEST, digest)
-        settings = self._point_space.settings(values)
-        trial.set_user_attr(SETTINGS, json.dumps(settings))
+        self._running[trial_id] = trial.user_attrs[DIGEST]
         return {"label": f"{trial.number:04d}", "values": values}
 
     def on_trial_complete(

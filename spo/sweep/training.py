@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
-import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from spo.algorithms.objectives import is_informative
 from spo.config import RunConfig
 from spo.engines.base import Sampler
 from spo.engines.plan import DifferentiableEngine
-from spo.errors import DataError, StageError
+from spo.errors import DataError
 from spo.records import Batch
 from spo.refine import train
+from spo.stages.background import BackgroundLoop
 from spo.stages.coordinator import Coordinator, Settings
 from spo.stages.learner import Update, VectorLearner
 from spo.stages.ledger import Ledger
@@ -30,7 +29,6 @@ from spo.vector import SteeringVector
 
 _KEPT_CHECKPOINTS = 2
 _COORDINATOR = "coordinator.json"
-_Result = TypeVar("_Result")
 
 
 class TrialTraining:
@@ -77,13 +75,10 @@ class TrialTraining:
             ledger=Ledger(folder / "ledger.jsonl"),
             recorder=Recorder(config.reward, history=folder / "history.jsonl"),
         )
-        # One loop for all rungs: rollouts of the next step are under way when a rung ends.
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
         engine = config.engine
-        self._timeout_s = float(
-            engine.start_timeout_s + 2 * engine.request_timeout_s + config.reward.timeout_s
+        # One loop for all rungs: rollouts of the next step are under way when a rung ends.
+        self._loop = BackgroundLoop(
+            float(engine.start_timeout_s + 2 * engine.request_timeout_s + config.reward.timeout_s)
         )
 
     def run(self, start: SteeringVector, until: int) -> SteeringVector:
@@ -91,17 +86,7 @@ class TrialTraining:
         first = self._resume(start)
         learner = self._learner
         assert learner is not None
-        loop = self._loop
-
-        def wait(coroutine: Coroutine[Any, Any, _Result], what: str) -> _Result:
-            future = asyncio.run_coroutine_threadsafe(coroutine, loop)
-            try:
-                return future.result(timeout=self._timeout_s)
-            except TimeoutError as error:
-                raise StageError(
-                    f"waited {self._timeout_s:.0f} s for {what}; the engines or scorers hang: see "
-                    "their logs, or raise engine.request_timeout_s"
-                ) from error
+        wait = self._loop.wait
 
         def next_batch(step: int, vector: SteeringVector) -> Batch:
             return wait(self._coordinator.batch(step, vector), f"the rollouts of step {step}")
@@ -116,8 +101,7 @@ class TrialTraining:
 
     def close(self) -> None:
         """End what is still sampled ahead, e.g. for a trial that is stopped at a rung."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=self._timeout_s)
+        self._loop.close()
 
     async def _recorded(self, figures: Mapping[str, Any]) -> Mapping[str, Any]:
         return self._coordinator.record(figures)

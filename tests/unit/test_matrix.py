@@ -187,57 +187,68 @@ def test_two_evaluations_are_compared_on_shared_prompts() -> None:
         compare_reports(old, replace(new, answers=()))
 
 
-def test_two_defences_of_one_evaluation_are_compared_and_attacks_pooled() -> None:
-    one, two = "describe adaptive-pgd-16", "describe adaptive-pgd-unbounded"
-    parts = {one: "0.2 yes", two: "0.4 yes"}
+def two_defences(conditions: dict[str, tuple[str, str]], *, other: str = "stage1") -> Any:
+    """A report: condition to the answers of `other` and of `spo` to one prompt."""
     reports = [
         _run(
-            Engine({("a", False): ["0.5 yes"], ("a", True): [steered]}),
+            Engine({("a", False): [before], ("a", True): [after]}),
             [PromptSet(condition=name, prompts=(_prompt("a"),))],
         )
-        for name, steered in parts.items()
+        for name, (before, after) in conditions.items()
     ]
-    report = replace(reports[0], answers=reports[0].answers + reports[1].answers)
-    found = {entry[:3]: entry[3] for entry in compare_defences([report], "spo", "none")}
-    assert found[one, "spo", "toxicity"].mean == pytest.approx(-0.3)
-    assert found["all adaptive PGD", "spo", "toxicity"].mean == pytest.approx(-0.2)
+    answers = [answer for report in reports for answer in report.answers]
+    renamed = [replace(a, defence=other) if a.defence == "none" else a for a in answers]
+    return replace(reports[0], answers=tuple(renamed))
+
+
+def compared(reports: Any, defence: str, baseline: str) -> Any:
+    return {e[:3]: e[3] for e in compare_defences(reports, defence, baseline)}
+
+
+ATTACKED = {
+    "describe pgd-16": ("0.2 yes", "0.1 yes"),
+    "describe adaptive-pgd-16": ("0.4 yes", "0.6 yes"),
+    "describe adaptive-pgd-unbounded": ("0.5 yes", "0.4 yes"),
+}
+
+
+def test_two_defences_of_one_evaluation_are_compared_and_attacks_pooled() -> None:
+    report = two_defences(ATTACKED)
+    found = compared([report], "spo", "stage1")
+    assert found["describe adaptive-pgd-16", "spo", "toxicity"].mean == pytest.approx(0.2)
+    assert found["all adaptive PGD", "spo", "toxicity"].mean == pytest.approx(0.05)
+    assert found["all PGD", "spo", "toxicity"].mean == pytest.approx(0.0)
     assert found["all PGD", "spo", "toxicity"].count == 1
+    # At 16/255, the only blind attack. Spo: 0.6 - 0.1; the other: 0.4 - 0.2.
+    assert found["gain by adapting", "spo", "toxicity"].mean == pytest.approx(0.3)
     with pytest.raises(DataError, match="no answers of 'bipo'; the evaluation has"):
         compare_defences([report], "spo", "bipo")
 
 
-def test_what_an_attacker_gains_by_adapting_is_compared() -> None:
-    answers = {
-        "describe pgd-16": ("0.2 yes", "0.1 yes"),
-        "describe adaptive-pgd-16": ("0.4", "0.6"),
-    }
-    reports = [
-        _run(
-            Engine({("a", False): [unsteered], ("a", True): [steered]}),
-            [PromptSet(condition=name, prompts=(_prompt("a"),))],
-        )
-        for name, (unsteered, steered) in answers.items()
-    ]
-    report = replace(reports[0], answers=reports[0].answers + reports[1].answers)
-    found = {entry[:3]: entry[3] for entry in compare_defences([report], "spo", "none")}
-    # Steered: 0.6 - 0.1; the other: 0.4 - 0.2.
-    assert found["gain by adapting", "spo", "toxicity"].mean == pytest.approx(0.3)
+def test_no_attack_is_adapted_to_the_unsteered_model() -> None:
+    found = compared([two_defences(ATTACKED, other="none")], "spo", "none")
+    assert {condition for condition, _, _ in found} == {"describe pgd-16"}
 
 
-def test_two_defences_are_compared_over_runs() -> None:
+def test_pictures_of_one_attack_are_not_independent_prompts() -> None:
+    report = two_defences({"describe pgd-16": ("0.2 yes", "0.1 yes")})
+    more = [replace(a, prompt_id=f"{a.prompt_id}@1") for a in report.answers]
+    found = compared([replace(report, answers=(*report.answers, *more))], "spo", "stage1")
+    assert found["describe pgd-16", "spo", "toxicity"].count == 1
+
+
+def test_two_defences_are_compared_over_runs_where_all_have_the_condition() -> None:
     reports = [
-        _run(
-            Engine({("a", False): ["0.5 yes"], ("a", True): [steered]}),
-            [PromptSet(condition="plain", prompts=(_prompt("a"),))],
-        )
-        for steered in ("0.1 yes", "0.4 yes", "0.4 yes")
+        two_defences({"plain": ("0.5 yes", steered), **extra})
+        for steered, extra in (("0.1 yes", {}), ("0.4 yes", ATTACKED), ("0.4 yes", ATTACKED))
     ]
-    found = {entry[:3]: entry[3] for entry in compare_defences(reports, "spo", "none")}
+    found = compared(reports, "spo", "stage1")
+    assert {condition for condition, _, _ in found} == {"plain"}
     change = found["plain", "spo", "toxicity"]
+    # -0.4, -0.1, -0.1: standard error 0.1, t with two degrees of freedom 4.303.
     assert change.mean == pytest.approx(-0.2)
     assert change.count == 3
-    # One prompt a run: only which runs were drawn can move the mean.
-    assert (change.low, change.high) == (pytest.approx(-0.4), pytest.approx(-0.1))
-    assert "-0.200 [-0.400, -0.100]*" in format_comparison(
-        compare_defences(reports, "spo", "none"), "none", "spo", unit="runs"
+    assert change.low == pytest.approx(-0.2 - 0.4303, abs=1e-3)
+    assert "-0.200 [-0.630, +0.230] " in format_comparison(
+        compare_defences(reports, "spo", "stage1"), "stage1", "spo", unit="runs"
     )

@@ -9,9 +9,9 @@ from spo.algorithms.metrics import (
     auc,
     auc_interval,
     bootstrap_interval,
-    nested_interval,
     paired_interval,
     rate_interval,
+    runs_interval,
     unit_means,
 )
 from spo.errors import DataError
@@ -171,25 +171,22 @@ def test_rates_refuse_impossible_counts() -> None:
         rate_interval(1, 2, level=95)
 
 
-def test_runs_weigh_the_same_and_their_spread_is_in_the_interval() -> None:
+def test_runs_weigh_the_same_and_their_spread_is_the_interval() -> None:
     many = ({str(i): [0.3] for i in range(100)}, {str(i): [0.1] for i in range(100)})
     few = ({"a": [0.0], "only here": [9.0]}, {"a": [0.4]})
-    change = nested_interval([many, few], samples=4000, seed=0)
-    # (0.2 - 0.4) / 2; of two runs, each is drawn twice in a quarter of the samples.
+    change = runs_interval([many, few])
+    # (0.2 - 0.4) / 2; standard error 0.3, t with one degree of freedom: 12.706.
     assert change.mean == pytest.approx(-0.1)
-    assert (change.low, change.high) == (pytest.approx(-0.4), pytest.approx(0.2))
+    assert change.high - change.mean == pytest.approx(12.706 * 0.3, rel=1e-4)
+    assert change.mean - change.low == pytest.approx(12.706 * 0.3, rel=1e-4)
     assert change.count == 2
-    alike = nested_interval([many, many], samples=200, seed=0)
-    assert (alike.low, alike.high) == (pytest.approx(0.2), pytest.approx(0.2))
-    with pytest.raises(DataError, match=r"share units, got \[100, 0\]"):
-        nested_interval([many, ({"a": [1.0]}, {"b": [1.0]})], samples=10, seed=0)
-
-
-def test_a_nested_interval_of_one_run_is_the_paired_one() -> None:
-    rng = np.random.default_rng(1)
-    a, b = ({str(i): [float(v)] for i, v in enumerate(rng.normal(size=60))} for _ in range(2))
-    nested = nested_interval([(a, b)], samples=4000, seed=0)
-    paired = paired_interval(a, b, samples=4000, seed=0)
-    assert nested.mean == pytest.approx(paired.mean)
-    assert nested.low == pytest.approx(paired.low, abs=0.03)
-    assert nested.high == pytest.approx(paired.high, abs=0.03)
+    three = runs_interval([many, many, few])
+    # Mean 0, standard error 0.2, two degrees of freedom: 4.303.
+    assert (three.low, three.high) == (
+        pytest.approx(-4.303 * 0.2, rel=1e-3),
+        pytest.approx(4.303 * 0.2, rel=1e-3),
+    )
+    with pytest.raises(DataError, match=r"at least two runs .* got runs of \[100\] shared"):
+        runs_interval([many])
+    with pytest.raises(DataError, match=r"got runs of \[100, 0\] shared"):
+        runs_interval([many, ({"a": [1.0]}, {"b": [1.0]})])

@@ -73,34 +73,56 @@ def test_the_choice_is_best_within_its_limits(tmp_path: Path) -> None:
         parse_limits(["beauty=3"])
 
 
-def test_a_point_whose_twin_runs_waits_for_it(tmp_path: Path) -> None:
-    """Both would train in one folder and publish one name."""
+def twins(tmp_path: Path, trials: int) -> tuple[Any, Any, Any]:
+    """(plan, study, searcher): the first point is the base's own, the second is another."""
     save_vector(tmp_path / "vector")
-    first = [{"learn.learning_rate": 0.1}, {"learn.learning_rate": 0.3}]  # 0.1: the base's own
     sweep, base = configs(
-        tmp_path, space=TRAINING, first=first, search={"trials": 2, "concurrent": 2}
+        tmp_path,
+        space=TRAINING,
+        first=[{"learn.learning_rate": 0.1}, {"learn.learning_rate": 0.3}],
+        search={"trials": trials, "concurrent": 3, "asha": {"grace_steps": 2}},
     )
     plan = plan_of(sweep, base)
     study = open_study(plan.folder, sweep, base)
     queue_first(study, plan.space(), sweep)
-    searcher = SweepSearch(plan, study, stopped=set(), on_result=lambda *_: None)
-    begun = searcher.suggest("base")
-    assert isinstance(begun, dict)
-    assert searcher.suggest("a") is None
-    assert searcher.suggest("b") is None, "no other is taken out of the queue meanwhile"
-    found = trial_of(plan, begun["values"]).advance()
+    return plan, study, SweepSearch(plan, study, stopped=set(), on_result=lambda *_: None)
+
+
+def advance(plan: Any, point: Any, times: int = 9) -> Any:
+    trial, found = trial_of(plan, point["values"]), None
+    while (found is None or not found.whole) and times:
+        found, times = trial.advance(), times - 1
+    trial.close()
+    return found
+
+
+def test_a_point_whose_twin_runs_waits_for_it(tmp_path: Path) -> None:
+    """Both would train in one folder and publish one name."""
+    plan, _, searcher = twins(tmp_path, trials=2)
+    base = searcher.suggest("base")
+    other = searcher.suggest("a")
+    assert other["values"] == {"learn.learning_rate": 0.3}, "others are not held up"
+    assert searcher.suggest("b") is None, "the target is reached by those that run and wait"
+    found = advance(plan, base)
     searcher.on_trial_complete("base", {"digest": found.digest, "base": True})
     twin = searcher.suggest("c")
-    assert isinstance(twin, dict)
-    assert twin["values"] == first[0]
-    assert trial_of(plan, twin["values"]).advance() == found, "read, not trained again"
-    other = searcher.suggest("d")
-    assert isinstance(other, dict)
-    assert other["values"] == first[1]
-    for name, point in (("c", twin), ("d", other)):
-        whole = trial_of(plan, point["values"]).advance()
+    assert twin["values"] == {"learn.learning_rate": 0.1}
+    assert advance(plan, twin) == found, "read, not trained again"
+    for name, point in (("a", other), ("c", twin)):
+        whole = advance(plan, point)
         searcher.on_trial_complete(name, {"digest": whole.digest, "base": False})
     assert searcher.suggest("e") == "FINISHED"
+
+
+def test_the_twin_of_a_stopped_point_is_stopped_too(tmp_path: Path) -> None:
+    plan, study, searcher = twins(tmp_path, trials=2)
+    base = searcher.suggest("base")
+    searcher.suggest("a")
+    found = advance(plan, base, times=1)
+    assert not found.whole
+    searcher.on_trial_complete("base", {"digest": found.digest, "base": True})
+    assert searcher.suggest("c") is None, "one runs, and the twin counts as stopped"
+    assert study.get_trials()[0].state is TrialState.PRUNED
 
 
 @pytest.mark.parametrize("algorithm", ["random", "nsga2", "grid"])

@@ -154,24 +154,48 @@ def test_training_helps_and_is_measured_at_the_rungs(folder: Path) -> None:
     assert artifact.parent == known_vector().sha256
 
 
+def ahead(folder: Path) -> Any:
+    """A plan with rungs at 2 and 6, sampled up to a step ahead."""
+    search = {"trials": 2, "asha": {"grace_steps": 2, "reduction_factor": 3}}
+    sweep, base = configs(folder, space=TRAINING, search=search)
+    rollout = base.rollout.model_copy(update={"max_staleness": 1})
+    return plan_of(sweep, base.model_copy(update={"rollout": rollout}))
+
+
 def test_rollouts_that_are_under_way_at_a_rung_serve_the_next_step(folder: Path) -> None:
     class Slow(FakeEngine):
         def generate(self, requests: Any) -> Any:
             time.sleep(0.05)
             return super().generate(requests)
 
-    search = {"trials": 2, "asha": {"grace_steps": 2, "reduction_factor": 3}}
-    sweep, base = configs(folder, space=TRAINING, search=search)
-    ahead = base.model_copy(
-        update={"rollout": base.rollout.model_copy(update={"max_staleness": 1})}
-    )
-    trial = trial_of(plan_of(sweep, ahead), {"learn.learning_rate": 1.0}, Slow())
+    trial = trial_of(ahead(folder), {"learn.learning_rate": 1.0}, Slow())
     trial.advance()
     assert trial.advance().whole
     entries = read_history(trial.folder)
     assert [entry["step"] for entry in entries] == list(range(6))
     assert entries[2]["staleness"]["max"] == 1, "sampled before the rung, used after it"
+
+
+def test_a_trial_that_is_stopped_at_a_rung_samples_no_more(folder: Path) -> None:
+    class Slow(FakeEngine):
+        asked = 0
+
+        def generate(self, requests: Any) -> Any:
+            Slow.asked += 1
+            time.sleep(0.02)
+            return super().generate(requests)
+
+    trial = trial_of(ahead(folder), {"learn.learning_rate": 1.0}, Slow())
+    stopped = trial.advance()
     trial.close()
+    time.sleep(0.1)  # calls that were under way
+    asked = Slow.asked
+    time.sleep(0.3)
+    assert Slow.asked == asked
+    again = trial_of(ahead(folder), {"learn.learning_rate": 1.0})
+    done = again.advance()
+    assert (stopped.step, done.step, done.whole) == (2, 6, True)
+    assert [entry["step"] for entry in done.history] == list(range(6))
 
 
 def test_a_killed_trial_goes_on_at_its_last_step(
