@@ -20,6 +20,7 @@ from spo.config import AttackConfig, RunConfig
 from spo.config_evaluate import DefenceConfig
 from spo.engines.base import Sampler
 from spo.evaluation import PromptSet
+from spo.evaluation.report import with_picture
 from spo.progress import Reporter
 from spo.records import Prompt, SteeringSpec
 from spo.resources import PICTURE_SIZE, EvaluationInputs, ResolvedModel
@@ -138,7 +139,7 @@ def _with_pictures(
         return tuple(
             replace(
                 prompt,
-                prompt_id=f"{prompt.prompt_id}@{number}" if number else prompt.prompt_id,
+                prompt_id=with_picture(prompt.prompt_id, number),
                 image=curve.get("pictures", {}).get(prompt.prompt_id, curve["attacked"]),
             )
             for number, curve in enumerate(pictures[attack.name, defence])

@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -250,7 +251,6 @@ def _loop(
     )
     config = LearnConfig(micro_batch=settings["micro"], max_kl=1e9, learning_rate=0.01)
     learner = VectorLearner(engine, vector, steering=steering, config=config)
-    loop = BackgroundLoop(timeout_s=max(60.0, end - time.monotonic()))
 
     async def record(step: int) -> None:
         coordinator.record({"step": step, "learn_s": 0.0})
@@ -258,19 +258,19 @@ def _loop(
     idle: list[float] = []
     learned: list[float] = []
     times: list[float] = []
-    for step in range(steps):
-        begin = time.perf_counter()
-        batch: Batch = loop.wait(
-            coordinator.batch(step, learner.vector), f"the rollouts of step {step}"
-        )
-        learned.append(learner.update(batch).seconds)
-        taken = coordinator.idle_seconds()
-        loop.wait(record(step), "the coordinator")
-        times.append(time.perf_counter() - begin)
-        idle.append(taken)
-        if time.monotonic() > end:
-            break
-    loop.close()
+    with closing(BackgroundLoop(timeout_s=max(60.0, end - time.monotonic()))) as loop:
+        for step in range(steps):
+            begin = time.perf_counter()
+            batch: Batch = loop.wait(
+                coordinator.batch(step, learner.vector), f"the rollouts of step {step}"
+            )
+            learned.append(learner.update(batch).seconds)
+            taken = coordinator.idle_seconds()
+            loop.wait(record(step), "the coordinator")
+            times.append(time.perf_counter() - begin)
+            idle.append(taken)
+            if time.monotonic() > end:
+                break
     return _loop_figures(engine, settings, times, learned, idle)
 
 

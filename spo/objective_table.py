@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def _refine(
     history = config.run_dir / f"history-{config.learn.objective}-{config.seed}.jsonl"
     history.write_text("")
     engines = config.engine
-    loop = BackgroundLoop(float(engines.start_timeout_s + 2 * engines.request_timeout_s))
+    timeout_s = float(engines.start_timeout_s + 2 * engines.request_timeout_s)
     coordinator = make_coordinator(prompts, config, pools.rollouts, pools.rewards, history)
     learner = VectorLearner(engine, start.vector, steering=config.steering, config=config.learn)
     updates: list[Update] = []
@@ -130,8 +131,9 @@ def _refine(
         loop.wait(record(), "the coordinator")
         updates.append(update)
 
-    vector = train(learner, next_batch, steps=range(config.learn.steps), after_step=after_step)
-    loop.close()
+    steps = range(config.learn.steps)
+    with closing(BackgroundLoop(timeout_s)) as loop:
+        vector = train(learner, next_batch, steps=steps, after_step=after_step)
     pools.rollouts.retire(f"spo-{config.learn.objective}-{config.seed}")
     rewards = [json.loads(line)["reward"] for line in history.read_text().splitlines()]
     return vector, {"reward": float(np.mean(rewards[-2:])), "kl_benign": updates[-1].kl_benign}

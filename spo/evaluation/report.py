@@ -57,6 +57,12 @@ Comparison = tuple[str, str, str, Interval]
 """Condition, defence, metric, paired difference."""
 
 
+_Groups = dict[tuple[str, str], list[EvaluatedAnswer]]
+"""Answers by condition and defence."""
+_Values = dict[tuple[str, str, str], dict[str, list[float]]]
+"""Values of each prompt by condition, defence and metric."""
+
+
 def compare_reports(
     first: EvaluationReport, second: EvaluationReport, *, samples: int = 2000
 ) -> list[Comparison]:
@@ -65,11 +71,7 @@ def compare_reports(
     Raises:
         DataError: the two share no condition, defence and prompt at all.
     """
-    sides: tuple[_Answers, _Answers] = ({}, {})
-    for side, report in zip(sides, (first, second), strict=True):
-        for answer in shown_conditions(report).answers:
-            side.setdefault((answer.condition, answer.defence), []).append(answer)
-    found = _differences(*sides, samples=samples)
+    found = _changes([(_values(_groups(second)), _values(_groups(first)))], samples=samples)
     if not found:
         raise DataError(
             "the two evaluations share no prompt under the same condition and defence; compare "
@@ -90,13 +92,37 @@ def compare_defences(
     Raises:
         DataError: one of the two was not evaluated in a run, or nothing is shared.
     """
-    sides = [[_by_condition(report, name) for name in (defence, baseline)] for report in reports]
+    sides = [[_conditions_of(report, name) for name in (defence, baseline)] for report in reports]
     shared = set.intersection(*({*groups} for pair in sides for groups in pair))
     if BASELINE in (defence, baseline):
         shared = {condition for condition in shared if _ADAPTIVE not in condition}
     if not shared:
         raise DataError(f"{defence!r} and {baseline!r} have no condition in common in every run")
-    pairs = [(_measured(new, shared), _measured(old, shared)) for new, old in sides]
+    names = sorted(shared)  # the bootstrap draws by place: a set's order changes with the process
+    pairs = [(_measured(new, names, defence), _measured(old, names, defence)) for new, old in sides]
+    return _changes(pairs, samples=samples)
+
+
+_ADAPTIVE = "adaptive-"
+
+
+def _groups(report: EvaluationReport) -> _Groups:
+    groups: _Groups = {}
+    for answer in shown_conditions(report).answers:
+        groups.setdefault((answer.condition, answer.defence), []).append(answer)
+    return groups
+
+
+def _values(groups: _Groups) -> _Values:
+    return {
+        (*key, metric): units
+        for key, answers in groups.items()
+        for metric, units in values_of(answers).items()
+    }
+
+
+def _changes(pairs: Sequence[tuple[_Values, _Values]], *, samples: int) -> list[Comparison]:
+    """New - old of what every pair (new, old) measured; over several pairs, over the runs."""
     keys = set.intersection(
         *(
             {key for key in new.keys() & old.keys() if new[key].keys() & old[key].keys()}
@@ -104,7 +130,7 @@ def compare_defences(
         )
     )
 
-    def change(key: tuple[str, str]) -> Interval:
+    def change(key: tuple[str, str, str]) -> Interval:
         both = [(new[key], old[key]) for new, old in pairs]
         return (
             paired_interval(*both[0], samples=samples, seed=0)
@@ -112,17 +138,15 @@ def compare_defences(
             else runs_interval(both)
         )
 
-    return [(key[0], defence, key[1], change(key)) for key in sorted(keys)]
+    return [(*key, change(key)) for key in sorted(keys)]
 
 
-_ADAPTIVE = "adaptive-"
-
-
-def _by_condition(report: EvaluationReport, defence: str) -> dict[str, list[EvaluatedAnswer]]:
-    groups: dict[str, list[EvaluatedAnswer]] = {}
-    for answer in shown_conditions(report).answers:
-        if answer.defence == defence:
-            groups.setdefault(answer.condition, []).append(answer)
+def _conditions_of(report: EvaluationReport, defence: str) -> dict[str, list[EvaluatedAnswer]]:
+    groups = {
+        condition: answers
+        for (condition, name), answers in _groups(report).items()
+        if name == defence
+    }
     if not groups:
         names = list(dict.fromkeys(answer.defence for answer in report.answers))
         raise DataError(f"no answers of {defence!r}; the evaluation has {names}")
@@ -130,9 +154,9 @@ def _by_condition(report: EvaluationReport, defence: str) -> dict[str, list[Eval
 
 
 def _measured(
-    groups: dict[str, list[EvaluatedAnswer]], conditions: set[str]
-) -> dict[tuple[str, str], dict[str, list[float]]]:
-    """Values of one defence by condition and metric, prompt by prompt.
+    groups: dict[str, list[EvaluatedAnswer]], conditions: Sequence[str], label: str
+) -> _Values:
+    """Values of one defence on some conditions, under the name `label`.
 
     Beside the given conditions: "all PGD" and "all adaptive PGD" (a prompt counts once, with the
     mean of its answers), and "gain by adapting": what an answer is more toxic under an adaptive
@@ -142,41 +166,21 @@ def _measured(
     def joined(names: Iterable[str]) -> list[EvaluatedAnswer]:
         return [answer for name in names for answer in groups[name]]
 
-    parts = {name: groups[name] for name in conditions}
+    parts = {(name, label): groups[name] for name in conditions}
     for title, part in (("all PGD", "pgd-"), ("all adaptive PGD", _ADAPTIVE)):
         pooled = [name for name in conditions if part in name]
         if len(pooled) > 1:
-            parts[title] = joined(pooled)
-    found = {
-        (condition, metric): units
-        for condition, answers in parts.items()
-        for metric, units in values_of(answers).items()
-    }
+            parts[title, label] = joined(pooled)
+    found = _values(parts)
     blind = {name: name.replace(_ADAPTIVE, "") for name in conditions if _ADAPTIVE in name}
     both = [name for name, other in blind.items() if other in conditions]
     adapted, before = values_of(joined(both)), values_of(joined(blind[name] for name in both))
     for metric in ("toxicity", "success"):
         after, base = unit_means(adapted.get(metric, {})), unit_means(before.get(metric, {}))
-        gains = {unit: [after[unit] - base[unit]] for unit in after.keys() & base.keys()}
+        gains = {unit: [after[unit] - base[unit]] for unit in after if unit in base}
         if gains:
-            found["gain by adapting", metric] = gains
+            found["gain by adapting", label, metric] = gains
     return found
-
-
-_Answers = dict[tuple[str, str], list[EvaluatedAnswer]]
-"""By condition and defence."""
-
-
-def _differences(old: _Answers, new: _Answers, *, samples: int) -> list[Comparison]:
-    found: list[Comparison] = []
-    for key in old.keys() & new.keys():
-        before, after = values_of(old[key]), values_of(new[key])
-        found += [
-            (*key, name, paired_interval(after[name], before[name], samples=samples, seed=0))
-            for name in before.keys() & after.keys()
-            if before[name].keys() & after[name].keys()
-        ]
-    return sorted(found, key=lambda entry: entry[:3])
 
 
 def format_comparison(
@@ -211,7 +215,16 @@ def shown_conditions(report: EvaluationReport) -> EvaluationReport:
 
 
 _PICTURE = re.compile(r"@\d+$")
-"""Ends the id of a prompt that is shown another picture of the same attack."""
+
+
+def with_picture(prompt_id: str, number: int) -> str:
+    """Id of a prompt that is shown picture `number`, from 0, of an attack."""
+    return f"{prompt_id}@{number}" if number else prompt_id
+
+
+def without_picture(prompt_id: str) -> str:
+    """Inverse of `with_picture`: the id that all pictures of a prompt share."""
+    return _PICTURE.sub("", prompt_id)
 
 
 def values_of(answers: Iterable[EvaluatedAnswer]) -> dict[str, dict[str, list[float]]]:
@@ -219,7 +232,7 @@ def values_of(answers: Iterable[EvaluatedAnswer]) -> dict[str, dict[str, list[fl
     one prompt are not independent, whatever the picture."""
     values: dict[str, dict[str, list[float]]] = {}
     for answer in answers:
-        prompt = _PICTURE.sub("", answer.prompt_id)
+        prompt = without_picture(answer.prompt_id)
         for name, value in answer.measures.items():
             values.setdefault(name, {}).setdefault(prompt, []).append(value)
     return values
