@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
         "--gpus", type=int, default=1, choices=(1, 2), help="2: engine and learner on a card each"
     )
     learner.add_argument("--tokens", type=int, help="length of an answer")
+    learner.add_argument("--micro", type=int, help="answers computed together")
+    learner.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="compile the decoder blocks"
+    )
     learner.add_argument("--no-loop", action="store_true", help="only the step")
     objectives = kinds.add_parser("objectives", help="all objectives of Stage II side by side")
     objectives.add_argument("--config", type=Path, metavar="FILE")
@@ -118,6 +122,8 @@ def _learner(chosen: argparse.Namespace) -> None:
             loop=not chosen.no_loop,
             gpus=chosen.gpus,
             tokens=chosen.tokens,
+            micro=chosen.micro,
+            compiled=chosen.compile,
         )
     )
 

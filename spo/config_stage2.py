@@ -23,6 +23,9 @@ class EngineConfig(Slice):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.55
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPU share of each replica in Ray; 0 runs on the CPU."""
+    in_process: bool | None = None
+    """Whether vLLM's core works in the actor's own process; None: on a CPU, where it starts 40
+    seconds sooner, and not on a GPU."""
     labels: Labels = Field(default_factory=dict)
     slots: Positive = 32
     """Vector versions that one engine holds at once, over all callers that share it."""
@@ -161,8 +164,12 @@ class LearnConfig(Slice):
     samples; beyond it they do not compute the same model, and the history carries an alarm."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     micro_batch: Positive = 16
+    """Answers that are computed together; as many as memory holds are fastest on a GPU."""
     cache_prefix: bool = True
     """Run the blocks up to the lowest steered one once for reference and steered model together."""
+    compile: bool = False
+    """Compile the decoder blocks for the learner's passes: half a minute at the start, worth it
+    from some billion parameters on."""
     chunk_tokens: Positive = 2048
     """Answer tokens whose logits over the vocabulary are in memory at once."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

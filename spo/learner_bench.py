@@ -43,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "group": 4,
         "tokens": 8,
         "micro": 8,
+        "compiled": False,
         "dtype": "float32",
         "device": "cpu",
         "repeats": 2,
@@ -57,6 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "group": 4,
         "tokens": 64,
         "micro": 8,
+        "compiled": False,
         "dtype": "bfloat16",
         "device": "cuda",
         "repeats": 5,
@@ -74,6 +76,8 @@ def run(
     loop: bool = True,
     gpus: int = 1,
     tokens: int | None = None,
+    micro: int | None = None,
+    compiled: bool | None = None,
 ) -> str:
     """Measure, writing `results.json` after each figure; returns the table.
 
@@ -84,8 +88,12 @@ def run(
         loop: also measure Stage II's loop.
         gpus: 1: engine and learner share a card; 2: the learner has the second one.
         tokens: length of an answer; the preset's own if absent.
+        micro: answers computed together, likewise.
+        compiled: whether the decoder blocks are compiled, likewise; the naive step never is.
     """
-    settings = {**PRESETS[preset], **({"tokens": tokens} if tokens else {}), "gpus": gpus}
+    given = {"tokens": tokens, "micro": micro, "compiled": compiled}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    settings = {**PRESETS[preset], **chosen, "gpus": gpus}
     if gpus > 1:
         if settings["device"] != "cuda" or torch.cuda.device_count() < gpus:
             raise EngineError(
@@ -104,9 +112,16 @@ def run(
         (output / "results.json").write_text(json.dumps(results, indent=1))
         (output / "table.md").write_text(_table(results))
 
-    engine = HfEngine(str(folder), dtype=settings["dtype"], device=settings["device"])
+    engine = HfEngine(
+        str(folder),
+        dtype=settings["dtype"],
+        device=settings["device"],
+        compiled_scores=settings["compiled"],
+    )
     prompts = _prompts(settings, output)
     _measure_steps(engine, prompts, settings, keep)
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the naive step took is the rollout engine's now
     for staleness in (1, 0) if loop else ():
         if time.monotonic() > end - 60:
             keep(f"loop, S = {staleness}", "left out: no time")
@@ -368,7 +383,11 @@ def _peak(engine: HfEngine) -> float:
 def _device(settings: dict[str, Any]) -> str:
     card = torch.cuda.get_device_name() if settings["device"] == "cuda" else "CPU"
     cards = "a card each for engine and learner" if settings["gpus"] > 1 else "one device for both"
-    return f"{card}, answers of {settings['tokens']} tokens; loop: {cards}"
+    blocks = "compiled" if settings["compiled"] else "as they are"
+    return (
+        f"{card}, answers of {settings['tokens']} tokens, {settings['micro']} together, blocks "
+        f"{blocks}; loop: {cards}"
+    )
 
 
 def _table(results: dict[str, Any]) -> str:

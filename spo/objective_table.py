@@ -19,6 +19,7 @@ from spo.algorithms.objectives import OBJECTIVES
 from spo.artifact import SteeringArtifact
 from spo.attack_loop import with_attacked
 from spo.config import RunConfig
+from spo.engines.factory import open_learner_engine
 from spo.engines.plan import DifferentiableEngine
 from spo.evaluation import evaluate
 from spo.pipeline import prepare
@@ -53,7 +54,7 @@ def compare(
     rows = _read(rows_path)
     with Pools(config, reporter) as pools:
         start = load_artifact(config, config.learn.start, pools)
-        engine = _open(config, pools)
+        engine = open_learner_engine(pools.learner_model, pools.model.revision, config.learn)
         wanted: list[tuple[str, int]] = [("unsteered", 0), ("Stage I", 0)]
         wanted += [(name, seed) for seed in range(seeds) for name in objectives]
         done = {(row["objective"], row["seed"]) for row in rows}
@@ -168,19 +169,6 @@ def _measure(
         for metric in _CONDITIONS[cell.condition]
         if metric in cell.metrics
     }
-
-
-def _open(config: RunConfig, pools: Pools) -> DifferentiableEngine:
-    if config.engine.backend == "fake":
-        from spo.engines.fake import FakeEngine
-
-        return FakeEngine()
-    from spo.engines.hf import HfEngine
-
-    device = "cuda" if config.learn.use_gpu else "cpu"
-    return HfEngine(
-        pools.model.path, revision=pools.model.revision, dtype=config.learn.dtype, device=device
-    )
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -98,6 +98,11 @@ class Pools:
         self.prefix = f"{config.name}-{uuid.uuid4().hex[:8]}"
         self.model: ResolvedModel = resolve_model(config.model, config.cache)
 
+    @property
+    def learner_model(self) -> str:
+        """What the learner loads."""
+        return "fake" if self._config.engine.backend == "fake" else self.model.path
+
     def __enter__(self) -> Pools:
         config = self._config
         self._reporter.stage(
@@ -196,7 +201,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     prompts = with_attacked(task.prompts, config, start, pools.model, reporter)
     coordinator = _start_coordinator(config, prompts, pools.prefix, history)
     settings = TrainLoopSettings(
-        model="fake" if config.engine.backend == "fake" else pools.model.path,
+        model=pools.learner_model,
         revision=pools.model.revision,
         vector=start.vector.to_bytes(),
         steering=config.steering,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from spo.config import EngineConfig
+from spo.config import EngineConfig, LearnConfig
 from spo.engines.base import Engine
 from spo.engines.identity import is_shape
+from spo.engines.plan import DifferentiableEngine
 
 
 def open_engine(model: str, revision: str | None, config: EngineConfig, *, seed: int = 0) -> Engine:
@@ -38,7 +39,33 @@ def open_engine(model: str, revision: str | None, config: EngineConfig, *, seed:
         max_num_seqs=config.max_num_seqs,
         kv_cache_gib=None if config.num_gpus else config.memory_gib,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        in_process=config.in_process,
         slots=config.slots,
         engine_options={"load_format": "dummy"} if is_shape(model) else {},
         seed=seed,
+    )
+
+
+def open_learner_engine(
+    model: str, revision: str | None, config: LearnConfig
+) -> DifferentiableEngine:
+    """Load a model for learning, on the device that the configuration names.
+
+    Args:
+        model: local folder or hub id, or "fake".
+        revision: hub revision.
+        config: learner settings.
+    """
+    if model == "fake":
+        from spo.engines.fake import FakeEngine
+
+        return FakeEngine()
+    from spo.engines.hf import HfEngine
+
+    return HfEngine(
+        model,
+        revision=revision,
+        dtype=config.dtype,
+        device="cuda" if config.use_gpu else "cpu",
+        compiled_scores=config.compile,
     )

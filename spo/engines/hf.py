@@ -60,6 +60,7 @@ class HfEngine:
         batch_size: largest batch of a forward pass.
         compiled_capture: on a GPU, compile the decoder blocks for `capture` (half a minute at the
             first call, 1.25 times as fast afterwards on an H100).
+        compiled_scores: compile them for `answer_scores` and its gradients.
 
     Raises:
         EngineError: the model cannot be loaded, or its decoder blocks cannot be found.
@@ -76,6 +77,7 @@ class HfEngine:
         device: str = "cpu",
         batch_size: int = 32,
         compiled_capture: bool = False,
+        compiled_scores: bool = False,
     ) -> None:
         self.prompts = PromptProcessor(model, revision)
         self.model = load_model(
@@ -91,7 +93,8 @@ class HfEngine:
         self.compiled_capture = compiled_capture
         self.decoder: nn.Module = self.model.get_decoder()
         self.blocks = find_blocks(self.decoder, self.model.config.get_text_config())
-        self.answer_scores = PrefixRunner(self.model, list(self.blocks), self.steered).scores
+        runner = PrefixRunner(self.model, list(self.blocks), self.steered, compiled=compiled_scores)
+        self.answer_scores = runner.scores
         self.turn = threading.Lock()
         """Held while the model computes for `generate` and `capture`, which threads may share."""
         self._reader = PooledReader(self)

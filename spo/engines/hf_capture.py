@@ -13,9 +13,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from spo.engines.base import Capture, CaptureRequest
 from spo.engines.batching import chunks, grouped
+from spo.engines.fusing import FusedBlocks
 from spo.engines.plan import TokenBatch, pooled_columns
 from spo.errors import EngineError
 
@@ -52,7 +53,7 @@ class PooledReader:
         self._own = threading.local()
         self._threads = preparers(engine.device)
         self._pool: ThreadPoolExecutor | None = None
-        self._forwards: list[Callable[..., Any]] = []
+        self._fused = FusedBlocks(list(engine.blocks))
 
     def read(self, requests: Sequence[CaptureRequest]) -> list[Capture]:
         """Pooled activations, in the order of the requests."""
@@ -67,7 +68,8 @@ class PooledReader:
         parts = [[requests[i] for i in chunk] for _, chunk in plan]
         results: dict[int, Capture] = {}
         for (layers, chunk), part, batch in zip(plan, parts, self._prepared(parts), strict=True):
-            with self._engine.turn, self._fused():
+            compiled = self._engine.compiled_capture and self._engine.device.type == "cuda"
+            with self._engine.turn, self._fused.used(compiled):
                 captured = read_pooled(self._engine, batch, part, layers)
             results.update(zip(chunk, captured, strict=True))
         return [results[i] for i in range(len(requests))]
@@ -76,26 +78,6 @@ class PooledReader:
         """End the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-
-    @contextmanager
-    def _fused(self) -> Iterator[None]:
-        """Decoder blocks with their small operators fused, hooks outside; on a GPU, if asked for.
-
-        Only while pooled activations are read: generation would compile again for every length.
-        """
-        blocks = self._engine.blocks
-        if not self._engine.compiled_capture or self._engine.device.type != "cuda":
-            yield
-            return
-        if not self._forwards:
-            self._forwards = [torch.compile(block.forward, dynamic=True) for block in blocks]
-        for block, forward in zip(blocks, self._forwards, strict=True):
-            block.forward = forward
-        try:
-            yield
-        finally:
-            for block in blocks:
-                del block.forward  # the class's own is found again
 
     def _prepared(self, parts: Sequence[Sequence[CaptureRequest]]) -> Iterator[TokenBatch]:
         """Batches in order, some prepared ahead of their use."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spo.engines.fusing import FusedBlocks
 from spo.engines.packing import PackedBatch, can_pack, pack
 from spo.engines.plan import AnswerScores, SteeringPlan, TokenBatch, token_kl, token_logprobs
 
@@ -47,13 +48,18 @@ class PrefixRunner:
         model: causal or image-text model of Transformers.
         blocks: its decoder blocks.
         steered: how the blocks are steered.
+        compiled: fuse the small operators of the blocks.
     """
 
-    def __init__(self, model: Any, blocks: Sequence[nn.Module], steered: Steered) -> None:
+    def __init__(
+        self, model: Any, blocks: Sequence[nn.Module], steered: Steered, *, compiled: bool = False
+    ) -> None:
         self._model = model
         self._decoder = model.get_decoder()
         self._blocks = blocks
         self._steered = steered
+        self._compiled = compiled
+        self._fused = FusedBlocks(blocks)
 
     def scores(
         self,
@@ -69,14 +75,13 @@ class PrefixRunner:
             packed = pack(batch)
         layout: TokenBatch | PackedBatch = packed or batch
         prefix = None
-        with torch.no_grad():
-            if cache_prefix:
-                prefix = self._run_prefix(layout, min(min(plan.layers) for plan in plans))
-            reference = self._states(layout, None, prefix)
-        return [
-            self._head(batch, self._states(layout, plan, prefix), reference, chunk_tokens)
-            for plan in plans
-        ]
+        with self._fused.used(self._compiled):
+            with torch.no_grad():
+                if cache_prefix:
+                    prefix = self._run_prefix(layout, min(min(plan.layers) for plan in plans))
+                reference = self._states(layout, None, prefix)
+            steered = [self._states(layout, plan, prefix) for plan in plans]
+        return [self._head(batch, states, reference, chunk_tokens) for states in steered]
 
     def _inputs(self, batch: TokenBatch | PackedBatch) -> dict[str, Any]:
         extras = dict(batch.extras)
@@ -141,14 +146,17 @@ class PrefixRunner:
     @contextmanager
     def _skipped(self, prefix: Prefix) -> Iterator[None]:
         """Blocks up to the prefix's do nothing; the last of them returns what it had returned."""
-        skipped = [self._blocks[i] for i in range(prefix.layer + 1)]
+        skipped = [self._blocks[i].__dict__ for i in range(prefix.layer + 1)]
+        before = [block.get("forward") for block in skipped]
         for block in skipped:
-            block.__dict__["forward"] = lambda *_, **__: prefix.output
+            block["forward"] = lambda *_, **__: prefix.output
         try:
             yield
         finally:
-            for block in skipped:
-                del block.__dict__["forward"]
+            for block, forward in zip(skipped, before, strict=True):
+                del block["forward"]
+                if forward is not None:
+                    block["forward"] = forward
 
     def _head(
         self, batch: TokenBatch, states: Tensor, reference: Tensor, chunk_tokens: int

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spo.config import LearnConfig, SteeringConfig
-from spo.engines.plan import DifferentiableEngine
+from spo.engines.factory import open_learner_engine
 from spo.errors import StageError
 from spo.stages.learner import VECTOR_FILE, Update, VectorLearner
 from spo.stages.link import CoordinatorLink
@@ -100,7 +100,7 @@ def _worker(train_loop_config: Mapping[str, Any]) -> None:
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     learner = VectorLearner(
-        _open(settings),
+        open_learner_engine(settings.model, settings.revision, settings.config),
         SteeringVector.from_bytes(settings.vector),
         steering=settings.steering,
         config=settings.config,
@@ -142,21 +142,6 @@ def _shared(snapshot: Mapping[str, Any] | None, world: int) -> Mapping[str, Any]
         torch.distributed.broadcast_object_list(held, src=0)
     assert held[0] is not None
     return held[0]
-
-
-def _open(settings: TrainLoopSettings) -> DifferentiableEngine:
-    if settings.model == "fake":
-        from spo.engines.fake import FakeEngine
-
-        return FakeEngine()
-    from spo.engines.hf import HfEngine
-
-    return HfEngine(
-        settings.model,
-        revision=settings.revision,
-        dtype=settings.config.dtype,
-        device="cuda" if settings.config.use_gpu else "cpu",
-    )
 
 
 def _average(gradient: Tensor) -> None:

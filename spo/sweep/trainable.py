@@ -14,6 +14,7 @@ from ray import tune
 
 from spo.config import RunConfig
 from spo.engines.base import Sampler
+from spo.engines.factory import open_learner_engine
 from spo.engines.plan import DifferentiableEngine
 from spo.errors import StageError
 from spo.progress import Silent
@@ -127,25 +128,12 @@ class SweepTrainable(tune.Trainable):  # type: ignore[misc]
     def _open_learner(self, config: RunConfig) -> DifferentiableEngine:
         """The frozen model for gradients; the same for every trial of this process."""
         if self._engine is None:
-            self._engine = open_learner_engine(config)
+            fake = config.engine.backend == "fake"
+            model = resolve_model(config.model, config.cache)
+            self._engine = open_learner_engine(
+                "fake" if fake else model.path, model.revision, config.learn
+            )
         return self._engine
-
-
-def open_learner_engine(config: RunConfig) -> DifferentiableEngine:
-    """The engine of one learner, on the device that the configuration names."""
-    if config.engine.backend == "fake":
-        from spo.engines.fake import FakeEngine
-
-        return FakeEngine()
-    from spo.engines.hf import HfEngine
-
-    model = resolve_model(config.model, config.cache)
-    return HfEngine(
-        model.path,
-        revision=model.revision,
-        dtype=config.learn.dtype,
-        device="cuda" if config.learn.use_gpu else "cpu",
-    )
 
 
 def trial_resources(plan: TrialPlan) -> dict[str, float]:

@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from spo.config import EngineConfig
+from spo.engines.base import EngineInfo
 from spo.engines.fake import FakeEngine
 from spo.errors import UnpublishedError
 from spo.records import GenerateRequest, Prompt, PromptKind, Sampling, SteeringSpec
@@ -66,12 +68,12 @@ def vector() -> SteeringVector:
     )
 
 
-def requests(version: int) -> list[GenerateRequest]:
+def requests(version: int, tokens: int = 6) -> list[GenerateRequest]:
     return [
         GenerateRequest(
             request_id=f"{version}/{i}",
             prompt=Prompt(prompt_id=f"p{i}", text="words", kind=PromptKind.HARM),
-            sampling=Sampling(max_tokens=6, seed=i),
+            sampling=Sampling(max_tokens=tokens, seed=i),
             steering=SteeringSpec(vector="v", version=version),
         )
         for i in range(6)
@@ -141,6 +143,76 @@ def test_callers_of_one_set_of_engines_neither_see_nor_evict_each_other(pool: En
     assert len(mine.generate(asked)) == 6
     mine.retire("mine", 7)  # not held: nothing to drop
     assert len(mine.generate(asked)) == 6
+
+
+@pytest.mark.vllm
+def test_a_living_actor_whose_vllm_core_died_leaves_and_comes_back(
+    pool: EnginePool, tiny_llava: Path
+) -> None:
+    """Real vLLM, its core in a process of its own: killed at work, then at rest."""
+    config = CONFIG.model_copy(
+        update={
+            "backend": "vllm",
+            "replicas": 1,
+            "dtype": "float32",
+            "in_process": False,
+            "max_model_len": 512,
+            "memory_gib": 0.05,
+            "slots": 2,
+        }
+    )
+    vllm = EnginePool.start(str(tiny_llava), None, config, prefix="core", seed=0)
+    try:
+        info = vllm.info
+        mine = replace_model(vector(), info)
+        vllm.publish("v", mine, 1)
+        before = vllm.generate(requests(1))
+        actor = pid_of(vllm, 0)
+        with ThreadPoolExecutor(1) as thread:
+            waiting = thread.submit(vllm.generate, requests(1, tokens=400))
+            busy(vllm)
+            kill_core(actor)
+            assert len(waiting.result(timeout=240)) == 6
+        healed = pid_of(vllm, 0)
+        after = vllm.generate(requests(1))
+        assert [(r.token_ids, r.receipt) for r in after] == [
+            (r.token_ids, r.receipt) for r in before
+        ]
+        assert healed != actor
+        kill_core(healed)
+        end = time.monotonic() + 60
+        while psutil.pid_exists(healed):  # nobody asks it anything
+            assert time.monotonic() < end, "waited 60 s for the actor to leave"
+            time.sleep(0.2)
+    finally:
+        vllm.close()
+
+
+def replace_model(made: SteeringVector, info: EngineInfo) -> SteeringVector:
+    """The vector for another model, strong enough to change its answers."""
+    shape = (1, info.hidden_size)
+    return made.replace(
+        directions=torch.full(shape, 4.0),
+        mean_norms=torch.full((1,), 90.0),
+        calibration=torch.zeros(shape),
+        model_id=info.model_id,
+        model_revision=info.model_revision,
+    )
+
+
+def busy(pool: EnginePool) -> None:
+    """Wait until the engine works on something."""
+    end = time.monotonic() + 60
+    while not (isinstance(found := pool.health()[0], EngineHealth) and found.working):
+        assert time.monotonic() < end, "waited 60 s for the engine to begin"
+        time.sleep(0.02)
+
+
+def kill_core(actor: int) -> None:
+    """Kill the process in which vLLM computes for an actor."""
+    cores = [c for c in psutil.Process(actor).children() if "EngineCore" in " ".join(c.cmdline())]
+    assert len(cores) == 1, [c.cmdline() for c in psutil.Process(actor).children()]
+    cores[0].kill()
 
 
 class Trial:

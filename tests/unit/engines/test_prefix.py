@@ -80,6 +80,28 @@ def test_shared_prompts_and_prefix_change_neither_scores_nor_gradients(
     assert (plain[0] - plain[1]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
+def test_compiled_blocks_change_neither_scores_nor_gradients(
+    engine: HfEngine, tiny_llava: Path, tmp_path: Path
+) -> None:
+    compiled = HfEngine(str(tiny_llava), dtype="float32", compiled_scores=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = {}
+    for name, one in (("plain", engine), ("compiled", compiled)):
+        batch = one.prepare(prompts(tmp_path, True), ANSWERS)
+        before = one.answer_logits(batch)
+        steering = plan(one, Operator.ADAPTIVE, Positions.ALL, layer=1)
+        scores = one.answer_scores(batch, [steering], chunk_tokens=64)[0]
+        (scores.policy.sum() + 0.3 * scores.kl.sum()).backward()
+        found[name] = [scores.policy, scores.kl, steering.directions.grad]
+        assert torch.equal(one.answer_logits(batch), before)
+    for left, right in zip(found["plain"], found["compiled"], strict=True):
+        assert torch.allclose(left, right, atol=2e-5, rtol=1e-4)
+    # Without gradients and with them; a graph for every block would be compiled all over.
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
 def test_the_model_is_as_before_afterwards(engine: HfEngine, tmp_path: Path) -> None:
     batch = engine.prepare(prompts(tmp_path, True), ANSWERS)
     before = engine.answer_logits(batch)
