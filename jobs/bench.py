@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     learner.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="compile the decoder blocks"
     )
-    learner.add_argument("--no-loop", action="store_true", help="only the step")
+    learner.add_argument("--only", choices=("step", "loop"), help="leave the other one out")
     objectives = kinds.add_parser("objectives", help="all objectives of Stage II side by side")
     objectives.add_argument("--config", type=Path, metavar="FILE")
     objectives.add_argument("--seeds", type=int, default=3)
@@ -119,7 +119,7 @@ def _learner(chosen: argparse.Namespace) -> None:
             chosen.preset,
             chosen.output,
             time_limit=chosen.time_limit,
-            loop=not chosen.no_loop,
+            only=chosen.only,
             gpus=chosen.gpus,
             tokens=chosen.tokens,
             micro=chosen.micro,

@@ -73,7 +73,7 @@ def run(
     output: Path,
     *,
     time_limit: float,
-    loop: bool = True,
+    only: str | None = None,
     gpus: int = 1,
     tokens: int | None = None,
     micro: int | None = None,
@@ -85,7 +85,7 @@ def run(
         preset: key of `PRESETS`.
         output: folder for results and the model's shape.
         time_limit: seconds after which nothing new is begun.
-        loop: also measure Stage II's loop.
+        only: "step" or "loop", to leave the other one out.
         gpus: 1: engine and learner share a card; 2: the learner has the second one.
         tokens: length of an answer; the preset's own if absent.
         micro: answers computed together, likewise.
@@ -119,10 +119,11 @@ def run(
         compiled_scores=settings["compiled"],
     )
     prompts = _prompts(settings, output)
-    _measure_steps(engine, prompts, settings, keep)
+    if only != "loop":
+        _measure_steps(engine, prompts, settings, keep)
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()  # what the naive step took is the rollout engine's now
-    for staleness in (1, 0) if loop else ():
+    for staleness in (1, 0) if only != "step" else ():
         if time.monotonic() > end - 60:
             keep(f"loop, S = {staleness}", "left out: no time")
             continue
