@@ -9,11 +9,9 @@ the answers' hashes: the shape of the work is real, what is learned means nothin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,17 +19,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from spo.config import EngineConfig, LearnConfig, RewardConfig, RolloutConfig, SteeringConfig
 from spo.engines.hf import HfEngine
 from spo.engines.plan import SteeringPlan, TokenBatch, token_kl, token_logprobs
 from spo.engines.vllm_plugin.shapes import write_shape
 from spo.errors import EngineError
-from spo.records import Batch, Operator, Positions, Prompt, PromptKind, Rollout
-from spo.stages.background import BackgroundLoop
-from spo.stages.coordinator import Coordinator, Settings
-from spo.stages.learner import VectorLearner
-from spo.stages.rollout import EnginePool
-from spo.stages.schedule import Schedule
+from spo.loop_bench import measure_loop
+from spo.records import Operator, Positions, Prompt, PromptKind
 from spo.vector import SteeringVector
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -57,8 +50,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prompts": 16,
         "group": 4,
         "tokens": 64,
-        "micro": 8,
-        "compiled": False,
+        "micro": 32,
+        "compiled": True,
         "dtype": "bfloat16",
         "device": "cuda",
         "repeats": 5,
@@ -123,18 +116,33 @@ def run(
         _measure_steps(engine, prompts, settings, keep)
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()  # what the naive step took is the rollout engine's now
-    for staleness in (1, 0) if only != "step" else ():
-        if time.monotonic() > end - 60:
-            keep(f"loop, S = {staleness}", "left out: no time")
-            continue
-        try:
-            limit = (end - time.monotonic()) / (1 + staleness)
-            figures = _measure_loop(engine, folder, prompts, settings, staleness, limit)
-        except Exception as error:  # noqa: BLE001 what was measured before must not be lost
-            keep(f"loop, S = {staleness}", f"FAILED: {error}")
-        else:
-            keep(f"loop, S = {staleness}", figures)
+    if only != "step":
+        _measure_loops(engine, folder, prompts, settings, keep, end)
     return _table(results)
+
+
+def _measure_loops(
+    engine: HfEngine,
+    folder: Path,
+    prompts: Sequence[Prompt],
+    settings: dict[str, Any],
+    keep: Callable[[str, dict[str, float] | str], None],
+    end: float,
+) -> None:
+    for staleness in (1, 0):
+        name = f"loop, S = {staleness}"
+        if time.monotonic() > end - 60:
+            keep(name, "left out: no time")
+            continue
+        _reset_peak(engine)
+        limit_s = (end - time.monotonic()) / (1 + staleness)
+        vector = _vector(engine, settings)
+        try:
+            figures = measure_loop(engine, folder, prompts, vector, settings, staleness, limit_s)
+        except Exception as error:  # noqa: BLE001 what was measured before must not be lost
+            keep(name, f"FAILED: {error}")
+        else:
+            keep(name, figures | {"peak_gib": _peak(engine)})
 
 
 def _measure_steps(
@@ -195,128 +203,6 @@ def _naive(engine: HfEngine, batch: TokenBatch, plan: SteeringPlan) -> None:
 def _shared(engine: HfEngine, batch: TokenBatch, plan: SteeringPlan, *, cached: bool) -> None:
     scores = engine.answer_scores(batch, [plan], chunk_tokens=512, cache_prefix=cached)[0]
     (scores.policy.sum() + scores.kl.sum()).backward()
-
-
-def _measure_loop(
-    engine: HfEngine,
-    folder: Path,
-    prompts: Sequence[Prompt],
-    settings: dict[str, Any],
-    staleness: int,
-    limit_s: float,
-) -> dict[str, float]:
-    import ray
-
-    gpu = settings["device"] == "cuda"
-    alone = settings["gpus"] > 1
-    config = EngineConfig(
-        backend="vllm",
-        dtype=settings["dtype"],
-        max_model_len=1024,
-        memory_gib=0.2,
-        gpu_memory_utilization=0.4,
-        num_gpus=(1.0 if alone else 0.5) if gpu else 0.0,
-    )
-    started = not ray.is_initialized()
-    if started:
-        # Ray gives out the first card alone; the learner, here in the driver, has the last one.
-        cards = {"num_gpus": 1} if gpu else {}
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, **cards)
-    pool = EnginePool.start(str(folder), None, config, prefix=f"bench-{staleness}", seed=0)
-    try:
-        return _loop(engine, pool, prompts, settings, staleness, time.monotonic() + limit_s)
-    finally:
-        pool.close()
-        if started:
-            ray.shutdown()
-
-
-def _loop(
-    engine: HfEngine,
-    pool: EnginePool,
-    prompts: Sequence[Prompt],
-    settings: dict[str, Any],
-    staleness: int,
-    end: float,
-) -> dict[str, float]:
-    steering = SteeringConfig(operator=Operator.ADD, positions=Positions.ALL, coefficient=0.1)
-    rollout = RolloutConfig(
-        harm_prompts=settings["prompts"] - settings["prompts"] // 4,
-        benign_prompts=settings["prompts"] // 4,
-        group_size=settings["group"],
-        max_tokens=settings["tokens"],
-        max_staleness=staleness,
-        parity_answers=0,  # two sets of random weights: they differ, as they must
-    )
-    steps = settings["steps"]
-    coordinator = Coordinator(
-        Schedule(prompts, rollout, seed=0),
-        pool,
-        _HashScorer(),
-        Settings(
-            steering=steering,
-            rollout=rollout,
-            reward=RewardConfig(),
-            steps=steps,
-            informative=lambda rewards: True,
-        ),
-    )
-    info = pool.info
-    vector = _vector(engine, settings).replace(
-        model_id=info.model_id, model_revision=info.model_revision
-    )
-    config = LearnConfig(micro_batch=settings["micro"], max_kl=1e9, learning_rate=0.01)
-    learner = VectorLearner(engine, vector, steering=steering, config=config)
-
-    async def record(step: int) -> None:
-        coordinator.record({"step": step, "learn_s": 0.0})
-
-    idle: list[float] = []
-    learned: list[float] = []
-    times: list[float] = []
-    with closing(BackgroundLoop(timeout_s=max(60.0, end - time.monotonic()))) as loop:
-        for step in range(steps):
-            begin = time.perf_counter()
-            batch: Batch = loop.wait(
-                coordinator.batch(step, learner.vector), f"the rollouts of step {step}"
-            )
-            learned.append(learner.update(batch).seconds)
-            taken = coordinator.idle_seconds()
-            loop.wait(record(step), "the coordinator")
-            times.append(time.perf_counter() - begin)
-            idle.append(taken)
-            if time.monotonic() > end:
-                break
-    return _loop_figures(engine, settings, times, learned, idle)
-
-
-def _loop_figures(
-    engine: HfEngine,
-    settings: dict[str, Any],
-    times: list[float],
-    learned: list[float],
-    idle: list[float],
-) -> dict[str, float]:
-    # The first two steps fill the pipeline and compile; the last has nothing to work ahead for.
-    kept = slice(2, len(times) - 1) if len(times) > 4 else slice(1, None)
-    wall = sum(times[kept])
-    return {
-        "seconds_a_step": wall / len(times[kept]),
-        "learn_s": median(learned[kept]),
-        "engine_waits": sum(idle[kept]) / wall,
-        "sequences_s": settings["prompts"] * settings["group"] * len(times[kept]) / wall,
-        "peak_gib": _peak(engine),
-    }
-
-
-class _HashScorer:
-    """Rewards without a meaning, different for every answer."""
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
-        return [
-            {"toxicity": hashlib.sha256(r.text.encode()).digest()[0] / 255, "alignment": 0.3}
-            for r in rollouts
-        ]
 
 
 def _prompts(settings: dict[str, Any], folder: Path) -> list[Prompt]:

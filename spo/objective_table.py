@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from spo.algorithms.metrics import runs_interval
 from spo.algorithms.objectives import OBJECTIVES
 from spo.artifact import SteeringArtifact
 from spo.attack_loop import with_attacked
@@ -51,7 +52,7 @@ def compare(
     run_extract(config, reporter)
     run_estimate(config, reporter)
     rows_path = config.run_dir / "objectives.jsonl"
-    rows = _read(rows_path)
+    rows, table = _read(rows_path), config.run_dir / "objectives.md"
     with Pools(config, reporter) as pools:
         start = load_artifact(config, config.learn.start, pools)
         engine = open_learner_engine(pools.learner_model, pools.model.revision, config.learn)
@@ -64,26 +65,42 @@ def compare(
                 rows.append(row)
                 with rows_path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                write_table(rows, config.run_dir / "objectives.md")
+                write_table(rows, table, baseline=config.learn.objective)
             reporter.step(number + 1, len(wanted), f"{name}, seed {seed}")
-    return config.run_dir / "objectives.md"
+    return table
 
 
-def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Mean and standard deviation over seeds of each objective, as Markdown."""
+def write_table(rows: Sequence[dict[str, Any]], path: Path, *, baseline: str = "rloo") -> None:
+    """Mean and standard deviation over seeds of each objective, as Markdown.
+
+    The last column is the paired difference of toxicity to `baseline` over the seeds that both
+    have, with its 95 % interval (Student's t; a seed is one draw).
+    """
+    columns = (*COLUMNS, f"toxicity - {baseline}'s")
     lines = [
-        "| objective | seeds | " + " | ".join(COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 2) + "|",
+        "| objective | seeds | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 2) + "|",
     ]
-    for name in dict.fromkeys(row["objective"] for row in rows):
-        mine = [row for row in rows if row["objective"] == name]
+    toxicity: dict[str, dict[int, float]] = {}
+    for row in rows:
+        toxicity.setdefault(row["objective"], {})[row["seed"]] = row["toxicity"]
+    for name, mine in toxicity.items():
         cells = []
         for column in COLUMNS:
-            values = [row[column] for row in mine if column in row]
+            values = [row[column] for row in rows if row["objective"] == name and column in row]
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
+        cells.append("" if name == baseline else _difference(mine, toxicity.get(baseline, {})))
         lines.append(f"| {name} | {len(mine)} | " + " | ".join(cells) + " |")
     path.write_text("\n".join(lines) + "\n")
+
+
+def _difference(mine: dict[int, float], other: dict[int, float]) -> str:
+    shared = sorted(mine.keys() & other.keys())
+    if len(shared) < 2:
+        return ""
+    found = runs_interval([({"": [mine[seed]]}, {"": [other[seed]]}) for seed in shared])
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def _one(

@@ -6,10 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-# Before any test module imports Ray, Transformers or the tokenizers: they read these at import.
+# Before any test module imports Ray, Transformers, torch or the tokenizers: they read these then.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# As in every job: threads that wait for work must not keep two cores from other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 

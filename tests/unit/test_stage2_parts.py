@@ -16,6 +16,7 @@ import torch
 from spo.config import LearnConfig, RewardConfig
 from spo.engines.fake import FakeEngine
 from spo.errors import ConfigError
+from spo.objective_table import write_table
 from spo.records import Batch
 from spo.scorers.crosscheck import ProfanityCheck
 from spo.stages.learner import VectorLearner
@@ -159,3 +160,21 @@ def test_an_engine_that_computes_another_model_raises_the_parity_alarm() -> None
     update = made(other).update(batch)
     assert update.logprob_gap > 0.1
     assert any(alarm.startswith("parity:") for alarm in update.alarms)
+
+
+def test_the_table_of_objectives_pairs_them_by_seed(tmp_path: Path) -> None:
+    figures = {"rloo": (0.4, 0.2), "dpo": (0.5, 0.3), "Stage I": (0.7,)}
+    rows = [
+        {"objective": name, "seed": seed, "toxicity": value}
+        for name, values in figures.items()
+        for seed, value in enumerate(values)
+    ]
+    write_table(rows, tmp_path / "table.md", baseline="rloo")
+    cells = {
+        (row := [cell.strip() for cell in line.split("|")[1:-1]])[0]: (row[1], row[3], row[-1])
+        for line in (tmp_path / "table.md").read_text().splitlines()[2:]
+    }
+    # Means that differ much from seed to seed, by the same in both.
+    assert cells["dpo"] == ("2", "0.400 ± 0.141", "+0.100 [+0.100, +0.100]")
+    assert cells["rloo"] == ("2", "0.300 ± 0.141", "")
+    assert cells["Stage I"] == ("1", "0.700", "")
