@@ -189,19 +189,21 @@ class RunConfig(Slice):
     @property
     def digest(self) -> str:
         """Digest of everything that changes results; output folders and Ray address do not."""
-        content = self.model_dump(
-            mode="json", exclude={"output_dir", "cache_dir", "ray", "serve", "name"}
-        )
-        return _digest(content)
+        places = dict.fromkeys(("output_dir", "cache_dir", "ray", "serve", "name"), True)
+        return _digest(self.model_dump(mode="json", exclude={**places, **_MANNER}))
 
     def digest_of(self, *sections: str, also: str = "") -> str:
         """Digest of some sections, and of `also`: what the result of one stage depends on."""
-        content = self.model_dump(mode="json", include=set(sections))
+        content = self.model_dump(mode="json", include=set(sections), exclude=_MANNER)
         return _digest([content, also])
 
     def to_yaml(self) -> str:
         """The resolved configuration."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+_MANNER = {"learn": {"compile": True}, "engine": {"in_process": True}}
+"""Settings that change how something is computed, and no result beyond its last bits."""
 
 
 def _placeless(content: Any) -> Any:

@@ -168,8 +168,8 @@ class LearnConfig(Slice):
     cache_prefix: bool = True
     """Run the blocks up to the lowest steered one once for reference and steered model together."""
     compile: bool = False
-    """Compile the decoder blocks for the learner's passes: half a minute at the start, worth it
-    from some billion parameters on."""
+    """Compile the decoder blocks for the learner's passes: half a minute at the start, then 1.27
+    times as fast (a 7B model on an H200)."""
     chunk_tokens: Positive = 2048
     """Answer tokens whose logits over the vocabulary are in memory at once."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -1,4 +1,4 @@
-"""Decoder blocks whose small operators are fused by `torch.compile`, hooks left outside."""
+"""Decoder blocks that compute by another function for a while: compiled, or not at all."""
 
 from __future__ import annotations
 
@@ -9,11 +9,38 @@ from typing import Any
 import torch
 from torch import nn
 
+_FORMS = 64
+"""Forms of input that may be compiled in one process. Torch's own limit of 8, for all engines of a
+process together, is soon reached, and what comes after it runs uncompiled without an error."""
+
+
+@contextmanager
+def forwards(
+    blocks: Sequence[nn.Module], functions: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
+    """Blocks whose `forward` is another function within the context; their hooks stay.
+
+    For one thread: others that use the blocks meanwhile get the same functions.
+    """
+    own = [block.__dict__ for block in blocks]
+    before = [attributes.get("forward") for attributes in own]
+    for attributes, function in zip(own, functions, strict=True):
+        attributes["forward"] = function
+    try:
+        yield
+    finally:
+        for attributes, earlier in zip(own, before, strict=True):
+            del attributes["forward"]  # the class's own is found again
+            if earlier is not None:
+                attributes["forward"] = earlier
+
 
 class FusedBlocks:
-    """Compiles blocks at first use: half a minute for a 7B model on a GPU.
+    """Decoder blocks whose small operators `torch.compile` fuses, hooks left outside.
 
-    Only inside the context, because generation would compile again for every length.
+    A form of input is compiled when it first comes, which takes half a minute for a 7B model on a
+    GPU: with and without gradients, with and without a mask, one row and several. Lengths are no
+    forms. Only inside the context, because generation would compile for its cache as well.
 
     Args:
         blocks: decoder blocks of one model.
@@ -21,7 +48,7 @@ class FusedBlocks:
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self._blocks = list(blocks)
-        self._forwards: list[Callable[..., Any]] = []
+        self._compiled: list[Callable[..., Any]] = []
 
     @contextmanager
     def used(self, wanted: bool = True) -> Iterator[None]:
@@ -29,12 +56,8 @@ class FusedBlocks:
         if not wanted:
             yield
             return
-        if not self._forwards:
-            self._forwards = [torch.compile(block.forward, dynamic=True) for block in self._blocks]
-        for block, forward in zip(self._blocks, self._forwards, strict=True):
-            block.__dict__["forward"] = forward
-        try:
+        if not self._compiled:
+            self._compiled = [torch.compile(block.forward, dynamic=True) for block in self._blocks]
+        limit = torch._dynamo.config.patch(recompile_limit=_FORMS)
+        with limit, forwards(self._blocks, self._compiled):
             yield
-        finally:
-            for block in self._blocks:
-                del block.__dict__["forward"]  # the class's own is found again

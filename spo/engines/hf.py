@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from spo.engines.base import (
     receipt_for,
 )
 from spo.engines.batching import chunks, grouped, sampling_options, seed_sampling
+from spo.engines.fusing import FusedBlocks
 from spo.engines.hf_capture import PooledReader
 from spo.engines.identity import check_belongs, find_blocks, folder_revision, model_identity
 from spo.engines.loading import load_model
@@ -93,7 +94,9 @@ class HfEngine:
         self.compiled_capture = compiled_capture
         self.decoder: nn.Module = self.model.get_decoder()
         self.blocks = find_blocks(self.decoder, self.model.config.get_text_config())
-        runner = PrefixRunner(self.model, list(self.blocks), self.steered, compiled=compiled_scores)
+        self.fused = FusedBlocks(list(self.blocks))
+        fused = self.fused.used if compiled_scores else nullcontext
+        runner = PrefixRunner(self.model, list(self.blocks), self.steered, fused=fused)
         self.answer_scores = runner.scores
         self.turn = threading.Lock()
         """Held while the model computes for `generate` and `capture`, which threads may share."""
@@ -126,7 +129,8 @@ class HfEngine:
 
     def close(self) -> None:
         self._reader.close()
-        del self.model, self.decoder, self.blocks, self.answer_scores
+        # The reader refers back to this engine: without it memory is free at once.
+        del self.model, self.decoder, self.blocks, self.answer_scores, self.fused, self._reader
 
     def plan(self, spec: SteeringSpec | None) -> SteeringPlan | None:
         """Tensors of what a request asks for; SteeringError when it is not published."""

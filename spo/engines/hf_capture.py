@@ -23,7 +23,6 @@ from torch import Tensor
 
 from spo.engines.base import Capture, CaptureRequest
 from spo.engines.batching import chunks, grouped
-from spo.engines.fusing import FusedBlocks
 from spo.engines.plan import TokenBatch, pooled_columns
 from spo.errors import EngineError
 
@@ -53,7 +52,6 @@ class PooledReader:
         self._own = threading.local()
         self._threads = preparers(engine.device)
         self._pool: ThreadPoolExecutor | None = None
-        self._fused = FusedBlocks(list(engine.blocks))
 
     def read(self, requests: Sequence[CaptureRequest]) -> list[Capture]:
         """Pooled activations, in the order of the requests."""
@@ -69,7 +67,7 @@ class PooledReader:
         results: dict[int, Capture] = {}
         for (layers, chunk), part, batch in zip(plan, parts, self._prepared(parts), strict=True):
             compiled = self._engine.compiled_capture and self._engine.device.type == "cuda"
-            with self._engine.turn, self._fused.used(compiled):
+            with self._engine.turn, self._engine.fused.used(compiled):
                 captured = read_pooled(self._engine, batch, part, layers)
             results.update(zip(chunk, captured, strict=True))
         return [results[i] for i in range(len(requests))]

@@ -10,7 +10,7 @@ on the way back, so that no (tokens x vocabulary) tensor is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spo.engines.fusing import FusedBlocks
+from spo.engines.fusing import forwards
 from spo.engines.packing import PackedBatch, can_pack, pack
 from spo.engines.plan import AnswerScores, SteeringPlan, TokenBatch, token_kl, token_logprobs
 
@@ -48,18 +48,22 @@ class PrefixRunner:
         model: causal or image-text model of Transformers.
         blocks: its decoder blocks.
         steered: how the blocks are steered.
-        compiled: fuse the small operators of the blocks.
+        fused: context in which the blocks run compiled, if they shall.
     """
 
     def __init__(
-        self, model: Any, blocks: Sequence[nn.Module], steered: Steered, *, compiled: bool = False
+        self,
+        model: Any,
+        blocks: Sequence[nn.Module],
+        steered: Steered,
+        *,
+        fused: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._model = model
         self._decoder = model.get_decoder()
         self._blocks = blocks
         self._steered = steered
-        self._compiled = compiled
-        self._fused = FusedBlocks(blocks)
+        self._fused = fused
 
     def scores(
         self,
@@ -75,7 +79,7 @@ class PrefixRunner:
             packed = pack(batch)
         layout: TokenBatch | PackedBatch = packed or batch
         prefix = None
-        with self._fused.used(self._compiled):
+        with self._fused():
             with torch.no_grad():
                 if cache_prefix:
                     prefix = self._run_prefix(layout, min(min(plan.layers) for plan in plans))
@@ -146,17 +150,9 @@ class PrefixRunner:
     @contextmanager
     def _skipped(self, prefix: Prefix) -> Iterator[None]:
         """Blocks up to the prefix's do nothing; the last of them returns what it had returned."""
-        skipped = [self._blocks[i].__dict__ for i in range(prefix.layer + 1)]
-        before = [block.get("forward") for block in skipped]
-        for block in skipped:
-            block["forward"] = lambda *_, **__: prefix.output
-        try:
+        skipped = self._blocks[: prefix.layer + 1]
+        with forwards(skipped, [lambda *_, **__: prefix.output] * len(skipped)):
             yield
-        finally:
-            for block, forward in zip(skipped, before, strict=True):
-                del block["forward"]
-                if forward is not None:
-                    block["forward"] = forward
 
     def _head(
         self, batch: TokenBatch, states: Tensor, reference: Tensor, chunk_tokens: int

@@ -163,16 +163,18 @@ def test_a_living_actor_whose_vllm_core_died_leaves_and_comes_back(
     )
     vllm = EnginePool.start(str(tiny_llava), None, config, prefix="core", seed=0)
     try:
-        info = vllm.info
-        mine = replace_model(vector(), info)
+        mine = strong_vector(vllm.info)
         vllm.publish("v", mine, 1)
         before = vllm.generate(requests(1))
+        plain = vllm.generate([replace(request, steering=None) for request in requests(1)])
+        assert [r.token_ids for r in plain] != [r.token_ids for r in before]
         actor = pid_of(vllm, 0)
         with ThreadPoolExecutor(1) as thread:
             waiting = thread.submit(vllm.generate, requests(1, tokens=400))
             busy(vllm)
             kill_core(actor)
             assert len(waiting.result(timeout=240)) == 6
+        assert vllm.retries >= 1
         healed = pid_of(vllm, 0)
         after = vllm.generate(requests(1))
         assert [(r.token_ids, r.receipt) for r in after] == [
@@ -188,13 +190,13 @@ def test_a_living_actor_whose_vllm_core_died_leaves_and_comes_back(
         vllm.close()
 
 
-def replace_model(made: SteeringVector, info: EngineInfo) -> SteeringVector:
-    """The vector for another model, strong enough to change its answers."""
-    shape = (1, info.hidden_size)
-    return made.replace(
-        directions=torch.full(shape, 4.0),
+def strong_vector(info: EngineInfo) -> SteeringVector:
+    """A vector that changes a tiny model's answers."""
+    return SteeringVector(
+        layers=(1,),
+        directions=torch.randn(1, info.hidden_size, generator=torch.Generator().manual_seed(0)) * 8,
         mean_norms=torch.full((1,), 90.0),
-        calibration=torch.zeros(shape),
+        calibration=torch.zeros(1, info.hidden_size),
         model_id=info.model_id,
         model_revision=info.model_revision,
     )

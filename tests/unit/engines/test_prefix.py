@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,19 +89,42 @@ def test_compiled_blocks_change_neither_scores_nor_gradients(
     compiled = HfEngine(str(tiny_llava), dtype="float32", compiled_scores=True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    found = {}
-    for name, one in (("plain", engine), ("compiled", compiled)):
-        batch = one.prepare(prompts(tmp_path, True), ANSWERS)
-        before = one.answer_logits(batch)
-        steering = plan(one, Operator.ADAPTIVE, Positions.ALL, layer=1)
-        scores = one.answer_scores(batch, [steering], chunk_tokens=64)[0]
-        (scores.policy.sum() + 0.3 * scores.kl.sum()).backward()
-        found[name] = [scores.policy, scores.kl, steering.directions.grad]
-        assert torch.equal(one.answer_logits(batch), before)
-    for left, right in zip(found["plain"], found["compiled"], strict=True):
-        assert torch.allclose(left, right, atol=2e-5, rtol=1e-4)
-    # Without gradients and with them; a graph for every block would be compiled all over.
-    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    graphs = []
+    asked = prompts(tmp_path, True)
+    for rows, shared in (
+        (slice(5), True),
+        (slice(3, 5), True),
+        (slice(4), True),
+        (slice(4), False),
+    ):
+        found = []
+        for one in (engine, compiled):
+            batch = one.prepare(asked[rows], ANSWERS[rows])
+            before = one.answer_logits(batch)
+            steering = plan(one, Operator.ADAPTIVE, Positions.ALL, layer=1)
+            scores = one.answer_scores(batch, [steering], chunk_tokens=64, cache_prefix=shared)[0]
+            (scores.policy.sum() + 0.3 * scores.kl.sum()).backward()
+            found.append([scores.policy, scores.kl, steering.directions.grad])
+            assert torch.equal(one.answer_logits(batch), before)
+        for left, right in zip(*found, strict=True):
+            assert torch.allclose(left, right, atol=2e-5, rtol=1e-4)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    # One graph without and one with gradients, for all blocks together; then more forms.
+    assert graphs[0] == 2
+    assert graphs == sorted(graphs)
+    assert graphs[-1] > 2
+    assert not torch._dynamo.utils.counters["unimplemented"]
+
+
+def test_a_closed_engine_leaves_no_block_behind(tiny_llava: Path) -> None:
+    one = HfEngine(str(tiny_llava), dtype="float32")
+    block = weakref.ref(one.blocks[0])
+    gc.disable()
+    try:
+        one.close()
+        assert block() is None
+    finally:
+        gc.enable()
 
 
 def test_the_model_is_as_before_afterwards(engine: HfEngine, tmp_path: Path) -> None:
