@@ -87,17 +87,27 @@ class Site:
     def add_worker(self) -> Any:
         return patiently(lambda: self.cluster.add_node(num_cpus=3, labels={"role": "rollout"}))
 
-    def node_of(self, *parts: str) -> Any:
-        """The worker node that holds the living actor whose class and name contain all `parts`."""
+    def actors(self, *parts: str) -> list[dict[str, Any]]:
+        """Actors, dead ones too, whose class and name together contain all `parts`."""
         from ray._private.state import actors
 
-        homes = {
-            actor["Address"]["NodeID"]
+        return [
+            actor
             for actor in actors().values()
-            if actor["State"] == "ALIVE"
-            and all(part in actor["ActorClassName"] + actor["Name"] for part in parts)
-        }
+            if all(part in actor["ActorClassName"] + actor["Name"] for part in parts)
+        ]
+
+    def node_of(self, *parts: str) -> Any:
+        """The worker node that holds the living actor whose class and name contain all `parts`."""
+        living = [actor for actor in self.actors(*parts) if actor["State"] == "ALIVE"]
+        homes = {actor["Address"]["NodeID"] for actor in living}
         return next(n for n in self.cluster.worker_nodes if n.node_id in homes)
+
+    def learners_of(self, run: str) -> list[dict[str, Any]]:
+        """The Ray Train workers that a run has had, the oldest first."""
+        jobs = {actor["JobID"] for actor in self.actors(run, "-engine-")}
+        found = [actor for actor in self.actors("RayTrainWorker") if actor["JobID"] in jobs]
+        return sorted(found, key=lambda actor: actor["StartTime"])
 
 
 def patiently(start: Callable[[], Any]) -> Any:
@@ -173,7 +183,9 @@ def seed_run(site: Site, name: str) -> RunConfig:
     return config
 
 
-def test_training_survives_the_loss_of_a_node_and_of_a_driver(site: Site, tmp_path: Path) -> None:
+def test_training_survives_the_loss_of_a_node_a_learner_and_a_driver(
+    site: Site, tmp_path: Path
+) -> None:
     killed, bereft = seed_run(site, "killed"), seed_run(site, "bereft")
     logs = {name: tmp_path / f"{name}.log" for name in ("killed", "bereft", "twin", "again")}
     jobs = {
@@ -190,10 +202,14 @@ def test_training_survives_the_loss_of_a_node_and_of_a_driver(site: Site, tmp_pa
     jobs["killed"].wait(timeout=10)
     site.add_worker()
     again = site.job("train", "name=killed", *TRAIN, log=logs["again"])
+    wait_for(lambda: len(steps_done(bereft)) >= 6, log=logs["bereft"], job=jobs["bereft"])
+    learner = site.learners_of("bereft")[-1]
+    os.kill(learner["Pid"], signal.SIGKILL)
     assert twin.wait(timeout=240) == 1
     assert "is working on s3://" in logs["twin"].read_text()
     finish(again, logs["again"])
     finish(jobs["bereft"], logs["bereft"])
+    assert site.learners_of("bereft")[-1]["StartTime"] > learner["StartTime"]
 
     vectors = []
     for config in (killed, bereft):

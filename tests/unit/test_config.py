@@ -157,7 +157,14 @@ def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
 
 def test_digest_follows_what_changes_results() -> None:
     base = load_config()
-    same = ["name=other", "output_dir=elsewhere", "cache_dir=c", "ray.num_cpus=2"]
+    same = [
+        "learn.compile=true",
+        "engine.in_process=false",
+        "name=other",
+        "output_dir=elsewhere",
+        "cache_dir=c",
+        "ray.num_cpus=2",
+    ]
     different = ["seed=1", "learn.steps=21", "steering.coefficient=0.2", "model.id=x"]
     assert all(load_config(None, [o]).digest == base.digest for o in same)
     digests = {load_config(None, [o]).digest for o in different} | {base.digest}
