@@ -137,11 +137,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         # A lost node is noticed after some ten seconds instead of half a minute.
         patch.setenv("RAY_health_check_period_ms", "1000")
         patch.setenv("RAY_health_check_timeout_ms", "3000")
-        # Two cores start every process: none that nobody asks for.
-        patch.setenv("RAY_prestart_worker_first_driver", "0")
         storage._impatient_s3.cache_clear()
-        head = {"num_cpus": 3, "include_dashboard": False}
-        cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+        cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 3}))
         made = Site(cluster, cache, folder / "prompts.jsonl", output)
         made.add_worker()
         made.add_worker()
