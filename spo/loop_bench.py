@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,8 +43,40 @@ def measure_loop(
         vector: to begin with.
         settings: a preset of `spo.learner_bench`.
         staleness: S.
-        limit_s: seconds after which no step is begun.
+        limit_s: seconds, once the engine is there, after which no step is begun.
     """
+    steering = SteeringConfig(operator=Operator.ADD, positions=Positions.ALL, coefficient=0.1)
+    config = LearnConfig(micro_batch=settings["micro"], max_kl=1e9, learning_rate=0.01)
+    idle: list[float] = []
+    learned: list[float] = []
+    times: list[float] = []
+    with _engines(folder, settings, prefix=f"bench-{staleness}") as pool:
+        end = time.monotonic() + limit_s
+        coordinator = _coordinator(pool, prompts, settings, steering, staleness)
+        info = pool.info
+        vector = vector.replace(model_id=info.model_id, model_revision=info.model_revision)
+        learner = VectorLearner(engine, vector, steering=steering, config=config)
+
+        async def record(step: int) -> None:
+            coordinator.record({"step": step, "learn_s": 0.0})
+
+        with closing(BackgroundLoop(timeout_s=max(60.0, end - time.monotonic()))) as loop:
+            for step in range(settings["steps"]):
+                begin = time.perf_counter()
+                batch: Batch = loop.wait(
+                    coordinator.batch(step, learner.vector), f"the rollouts of step {step}"
+                )
+                learned.append(learner.update(batch).seconds)
+                idle.append(coordinator.idle_seconds())
+                loop.wait(record(step), "the coordinator")
+                times.append(time.perf_counter() - begin)
+                if time.monotonic() > end:
+                    break
+    return _figures(settings, times, learned, idle)
+
+
+@contextmanager
+def _engines(folder: Path, settings: Mapping[str, Any], *, prefix: str) -> Iterator[EnginePool]:
     import ray
 
     gpu = settings["device"] == "cuda"
@@ -62,25 +94,22 @@ def measure_loop(
         # Ray gives out the first card alone; the learner, here in the driver, has the last one.
         cards = {"num_gpus": 1} if gpu else {}
         ray.init(address="local", include_dashboard=False, log_to_driver=False, **cards)
-    pool = EnginePool.start(str(folder), None, config, prefix=f"bench-{staleness}", seed=0)
+    pool = EnginePool.start(str(folder), None, config, prefix=prefix, seed=0)
     try:
-        return _loop(engine, pool, prompts, vector, settings, staleness, time.monotonic() + limit_s)
+        yield pool
     finally:
         pool.close()
         if started:
             ray.shutdown()
 
 
-def _loop(
-    engine: HfEngine,
+def _coordinator(
     pool: EnginePool,
     prompts: Sequence[Prompt],
-    vector: SteeringVector,
     settings: Mapping[str, Any],
+    steering: SteeringConfig,
     staleness: int,
-    end: float,
-) -> dict[str, float]:
-    steering = SteeringConfig(operator=Operator.ADD, positions=Positions.ALL, coefficient=0.1)
+) -> Coordinator:
     rollout = RolloutConfig(
         harm_prompts=settings["prompts"] - settings["prompts"] // 4,
         benign_prompts=settings["prompts"] // 4,
@@ -89,8 +118,7 @@ def _loop(
         max_staleness=staleness,
         parity_answers=0,  # two sets of random weights: they differ, as they must
     )
-    steps = settings["steps"]
-    coordinator = Coordinator(
+    return Coordinator(
         Schedule(prompts, rollout, seed=0),
         pool,
         _HashScorer(),
@@ -98,35 +126,10 @@ def _loop(
             steering=steering,
             rollout=rollout,
             reward=RewardConfig(),
-            steps=steps,
+            steps=settings["steps"],
             informative=lambda rewards: True,
         ),
     )
-    info = pool.info
-    vector = vector.replace(model_id=info.model_id, model_revision=info.model_revision)
-    config = LearnConfig(micro_batch=settings["micro"], max_kl=1e9, learning_rate=0.01)
-    learner = VectorLearner(engine, vector, steering=steering, config=config)
-
-    async def record(step: int) -> None:
-        coordinator.record({"step": step, "learn_s": 0.0})
-
-    idle: list[float] = []
-    learned: list[float] = []
-    times: list[float] = []
-    with closing(BackgroundLoop(timeout_s=max(60.0, end - time.monotonic()))) as loop:
-        for step in range(steps):
-            begin = time.perf_counter()
-            batch: Batch = loop.wait(
-                coordinator.batch(step, learner.vector), f"the rollouts of step {step}"
-            )
-            learned.append(learner.update(batch).seconds)
-            taken = coordinator.idle_seconds()
-            loop.wait(record(step), "the coordinator")
-            times.append(time.perf_counter() - begin)
-            idle.append(taken)
-            if time.monotonic() > end:
-                break
-    return _figures(settings, times, learned, idle)
 
 
 def _figures(

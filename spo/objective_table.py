@@ -27,7 +27,7 @@ from spo.pipeline import prepare
 from spo.progress import Reporter, Silent
 from spo.records import Batch
 from spo.refine import Pools, load_artifact, make_coordinator, train
-from spo.resources import evaluation_inputs, open_judge, training_prompts
+from spo.resources import evaluation_inputs, learner_model, open_judge, training_prompts
 from spo.stage1 import run_estimate, run_extract
 from spo.stages.background import BackgroundLoop
 from spo.stages.learner import Update, VectorLearner
@@ -55,7 +55,9 @@ def compare(
     rows, table = _read(rows_path), config.run_dir / "objectives.md"
     with Pools(config, reporter) as pools:
         start = load_artifact(config, config.learn.start, pools)
-        engine = open_learner_engine(pools.learner_model, pools.model.revision, config.learn)
+        engine = open_learner_engine(
+            learner_model(config, pools.model), pools.model.revision, config.learn
+        )
         wanted: list[tuple[str, int]] = [("unsteered", 0), ("Stage I", 0)]
         wanted += [(name, seed) for seed in range(seeds) for name in objectives]
         done = {(row["objective"], row["seed"]) for row in rows}
@@ -81,25 +83,27 @@ def write_table(rows: Sequence[dict[str, Any]], path: Path, *, baseline: str = "
         "| objective | seeds | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 2) + "|",
     ]
-    toxicity: dict[str, dict[int, float]] = {}
+    groups: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
-        toxicity.setdefault(row["objective"], {})[row["seed"]] = row["toxicity"]
-    for name, mine in toxicity.items():
+        groups.setdefault(row["objective"], {})[row["seed"]] = row
+    for name, mine in groups.items():
         cells = []
         for column in COLUMNS:
-            values = [row[column] for row in rows if row["objective"] == name and column in row]
+            values = [row[column] for row in mine.values() if column in row]
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
-        cells.append("" if name == baseline else _difference(mine, toxicity.get(baseline, {})))
+        cells.append("" if name == baseline else _difference(mine, groups.get(baseline, {})))
         lines.append(f"| {name} | {len(mine)} | " + " | ".join(cells) + " |")
     path.write_text("\n".join(lines) + "\n")
 
 
-def _difference(mine: dict[int, float], other: dict[int, float]) -> str:
+def _difference(mine: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> str:
     shared = sorted(mine.keys() & other.keys())
     if len(shared) < 2:
         return ""
-    found = runs_interval([({"": [mine[seed]]}, {"": [other[seed]]}) for seed in shared])
+    found = runs_interval(
+        [({"": [mine[seed]["toxicity"]]}, {"": [other[seed]["toxicity"]]}) for seed in shared]
+    )
     return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 

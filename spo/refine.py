@@ -30,6 +30,7 @@ from spo.records import Batch, Prompt, QuarantinedRow
 from spo.resources import (
     ResolvedModel,
     alignment_arguments,
+    learner_model,
     resolve_model,
     toxicity_arguments,
     training_prompts,
@@ -97,11 +98,6 @@ class Pools:
         self._scoring = scoring
         self.prefix = f"{config.name}-{uuid.uuid4().hex[:8]}"
         self.model: ResolvedModel = resolve_model(config.model, config.cache)
-
-    @property
-    def learner_model(self) -> str:
-        """What the learner loads."""
-        return "fake" if self._config.engine.backend == "fake" else self.model.path
 
     def __enter__(self) -> Pools:
         config = self._config
@@ -201,7 +197,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     prompts = with_attacked(task.prompts, config, start, pools.model, reporter)
     coordinator = _start_coordinator(config, prompts, pools.prefix, history)
     settings = TrainLoopSettings(
-        model=pools.learner_model,
+        model=learner_model(config, pools.model),
         revision=pools.model.revision,
         vector=start.vector.to_bytes(),
         steering=config.steering,

@@ -70,6 +70,11 @@ def resolve_model(config: ModelConfig, cache: Path) -> ResolvedModel:
     return ResolvedModel(path=config.id, revision=config.revision)
 
 
+def learner_model(config: RunConfig, model: ResolvedModel) -> str:
+    """What the learner loads: the model's folder or id, or "fake" beside fake engines."""
+    return "fake" if config.engine.backend == "fake" else model.path
+
+
 def toxicity_arguments(config: RewardConfig, cache: Path) -> dict[str, Any]:
     """Arguments of `ToxicityScorer`."""
     if config.toxicity_model == TESTBED:

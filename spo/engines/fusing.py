@@ -51,7 +51,7 @@ class FusedBlocks:
         self._compiled: list[Callable[..., Any]] = []
 
     @contextmanager
-    def used(self, wanted: bool = True) -> Iterator[None]:
+    def used(self, wanted: bool) -> Iterator[None]:
         """Run the compiled blocks; if not `wanted`, leave them as they are."""
         if not wanted:
             yield

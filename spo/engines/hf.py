@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,8 +96,8 @@ class HfEngine:
         self.decoder: nn.Module = self.model.get_decoder()
         self.blocks = find_blocks(self.decoder, self.model.config.get_text_config())
         self.fused = FusedBlocks(list(self.blocks))
-        fused = self.fused.used if compiled_scores else nullcontext
-        runner = PrefixRunner(self.model, list(self.blocks), self.steered, fused=fused)
+        fused = partial(self.fused.used, compiled_scores)
+        runner = PrefixRunner(self.model, list(self.blocks), self.steered, fused)
         self.answer_scores = runner.scores
         self.turn = threading.Lock()
         """Held while the model computes for `generate` and `capture`, which threads may share."""

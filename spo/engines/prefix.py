@@ -9,8 +9,8 @@ on the way back, so that no (tokens x vocabulary) tensor is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class PrefixRunner:
         model: causal or image-text model of Transformers.
         blocks: its decoder blocks.
         steered: how the blocks are steered.
-        fused: context in which the blocks run compiled, if they shall.
+        fused: context of every pass; the blocks may run compiled in it.
     """
 
     def __init__(
@@ -56,8 +56,7 @@ class PrefixRunner:
         model: Any,
         blocks: Sequence[nn.Module],
         steered: Steered,
-        *,
-        fused: Callable[[], AbstractContextManager[None]] = nullcontext,
+        fused: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._model = model
         self._decoder = model.get_decoder()
@@ -147,12 +146,10 @@ class PrefixRunner:
         states: Tensor = output.last_hidden_state[:, -width - 1 : -1]
         return states
 
-    @contextmanager
-    def _skipped(self, prefix: Prefix) -> Iterator[None]:
+    def _skipped(self, prefix: Prefix) -> AbstractContextManager[None]:
         """Blocks up to the prefix's do nothing; the last of them returns what it had returned."""
         skipped = self._blocks[: prefix.layer + 1]
-        with forwards(skipped, [lambda *_, **__: prefix.output] * len(skipped)):
-            yield
+        return forwards(skipped, [lambda *_, **__: prefix.output] * len(skipped))
 
     def _head(
         self, batch: TokenBatch, states: Tensor, reference: Tensor, chunk_tokens: int

@@ -19,7 +19,7 @@ from spo.engines.plan import DifferentiableEngine
 from spo.errors import StageError
 from spo.progress import Silent
 from spo.refine import Pools
-from spo.resources import resolve_model, training_prompts
+from spo.resources import learner_model, resolve_model, training_prompts
 from spo.stages.rollout import EnginePool
 from spo.stages.score import RewardPool
 from spo.sweep.lease import LeasedSampler
@@ -128,10 +128,9 @@ class SweepTrainable(tune.Trainable):  # type: ignore[misc]
     def _open_learner(self, config: RunConfig) -> DifferentiableEngine:
         """The frozen model for gradients; the same for every trial of this process."""
         if self._engine is None:
-            fake = config.engine.backend == "fake"
             model = resolve_model(config.model, config.cache)
             self._engine = open_learner_engine(
-                "fake" if fake else model.path, model.revision, config.learn
+                learner_model(config, model), model.revision, config.learn
             )
         return self._engine
 

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from spo.activations import CALIBRATION, ContrastRow, load_activations, row_from
 from spo.config import ExtractConfig
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side
 from spo.stages.extract import extract
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 ROWS = 96
@@ -82,13 +82,6 @@ def cluster() -> Iterator[Any]:
 def committed(folder: Path) -> int:
     marks = (folder / "checkpoint").glob("*.parquet")
     return sum(not p.name.endswith(".pending.parquet") for p in marks)
-
-
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 240.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"waited {timeout_s:.0f} s for {what}"
-        time.sleep(0.05)
 
 
 def check_complete(folder: Path) -> None:

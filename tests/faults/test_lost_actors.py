@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from spo.config import EngineConfig
-from spo.engines.base import EngineInfo
 from spo.engines.fake import FakeEngine
 from spo.errors import UnpublishedError
 from spo.records import GenerateRequest, Prompt, PromptKind, Sampling, SteeringSpec
@@ -28,7 +27,9 @@ from spo.stages.link import CoordinatorActor, CoordinatorLink
 from spo.stages.rollout import EnginePool
 from spo.stages.score import RewardPool
 from spo.vector import SteeringVector
+from tests.parity.conftest import make_vector
 from tests.unit.test_preference_loop import WordScorer, coordinator, start_vector
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 CONFIG = EngineConfig(
@@ -163,15 +164,14 @@ def test_a_living_actor_whose_vllm_core_died_leaves_and_comes_back(
     )
     vllm = EnginePool.start(str(tiny_llava), None, config, prefix="core", seed=0)
     try:
-        mine = strong_vector(vllm.info)
-        vllm.publish("v", mine, 1)
+        vllm.publish("v", make_vector(vllm.info, 1), 1)
         before = vllm.generate(requests(1))
         plain = vllm.generate([replace(request, steering=None) for request in requests(1)])
         assert [r.token_ids for r in plain] != [r.token_ids for r in before]
         actor = pid_of(vllm, 0)
         with ThreadPoolExecutor(1) as thread:
             waiting = thread.submit(vllm.generate, requests(1, tokens=400))
-            busy(vllm)
+            wait_for(lambda: busy(vllm), "the engine to begin", 60)
             kill_core(actor)
             assert len(waiting.result(timeout=240)) == 6
         assert vllm.retries >= 1
@@ -182,32 +182,16 @@ def test_a_living_actor_whose_vllm_core_died_leaves_and_comes_back(
         ]
         assert healed != actor
         kill_core(healed)
-        end = time.monotonic() + 60
-        while psutil.pid_exists(healed):  # nobody asks it anything
-            assert time.monotonic() < end, "waited 60 s for the actor to leave"
-            time.sleep(0.2)
+        # Nobody asks it anything.
+        wait_for(lambda: not psutil.pid_exists(healed), "the actor to leave", 60)
     finally:
         vllm.close()
 
 
-def strong_vector(info: EngineInfo) -> SteeringVector:
-    """A vector that changes a tiny model's answers."""
-    return SteeringVector(
-        layers=(1,),
-        directions=torch.randn(1, info.hidden_size, generator=torch.Generator().manual_seed(0)) * 8,
-        mean_norms=torch.full((1,), 90.0),
-        calibration=torch.zeros(1, info.hidden_size),
-        model_id=info.model_id,
-        model_revision=info.model_revision,
-    )
-
-
-def busy(pool: EnginePool) -> None:
-    """Wait until the engine works on something."""
-    end = time.monotonic() + 60
-    while not (isinstance(found := pool.health()[0], EngineHealth) and found.working):
-        assert time.monotonic() < end, "waited 60 s for the engine to begin"
-        time.sleep(0.02)
+def busy(pool: EnginePool) -> bool:
+    """Whether the first engine works on something."""
+    found = pool.health()[0]
+    return isinstance(found, EngineHealth) and found.working > 0
 
 
 def kill_core(actor: int) -> None:
