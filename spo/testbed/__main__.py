@@ -44,10 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     judge = add("train-judge", _train_judge)
     alignment = add("train-alignment", _train_alignment)
     vlm = add("train-vlm", _train_vlm)
+    guard = add("train-guard", _train_guard)
     everything = add("train-all", _train_all)
     for command in (toxicity, judge, everything):
         command.add_argument("--data", type=Path, required=True, help="folder of labelled text")
-    for command in (toxicity, judge, alignment, vlm, everything):
+    for command in (toxicity, judge, alignment, vlm, guard, everything):
         command.add_argument("--out", type=Path, required=True, help="folder for the weights")
     for command in (toxicity, alignment, everything):
         command.add_argument("--device", default="cpu", help="torch device, such as cuda")
@@ -56,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     for command in (alignment, everything):
         command.add_argument("--workers", type=int, default=2, help="processes that draw scenes")
         command.add_argument("--seconds", type=float, default=150.0, help="time of the optimiser")
+    guard.add_argument("--minutes", type=float, default=4.0, help="time of the optimiser")
+    guard.add_argument("--start", type=Path, help="weights of the lessons before (the package's)")
+    guard.add_argument("--learning-rate", type=float, default=5e-4, help="peak rate")
+    guard.add_argument("--max-steps", type=int, default=0, help="end after so many steps")
+    guard.add_argument("--batch-size", type=int, default=448, help="drawn samples in a step")
+    guard.add_argument("--texts", type=int, default=24000, help="texts of the original model")
+    guard.add_argument("--workers", type=int, default=12, help="processes that draw samples")
     pack.add_argument("--data", type=Path, required=True, help="folder of labelled text")
     pack.add_argument("--out", type=Path, required=True, help="the .jsonl.gz to write")
     return parser
@@ -141,12 +149,37 @@ def _train_vlm(arguments: argparse.Namespace) -> None:
     print(train(VlmTraining(out=arguments.out)))
 
 
+def _train_guard(arguments: argparse.Namespace) -> None:
+    """Teach the vision-language model to refuse harmful requests and to answer their twins."""
+    from spo.testbed.training.guard import train_guard
+    from spo.testbed.training.vlm import VlmTraining
+
+    config = VlmTraining(
+        out=arguments.out,
+        minutes=arguments.minutes,
+        start=arguments.start,
+        max_steps=arguments.max_steps,
+        batch_size=arguments.batch_size,
+        text_batch_size=max(2, arguments.batch_size * 3 // 14),
+        texts=arguments.texts,
+        workers=arguments.workers,
+        learning_rate=arguments.learning_rate,
+        warmup_steps=40,
+        seed=2,
+    )
+    train_guard(config)
+    print(arguments.out)
+
+
 def _train_all(arguments: argparse.Namespace) -> None:
     """Train all embedded models, one after the other."""
     _train_toxicity(arguments)
     _train_judge(arguments)
     _train_alignment(arguments)
     _train_vlm(arguments)
+    _train_guard(
+        argparse.Namespace(**{**vars(arguments), "start": arguments.out / "vlm.safetensors"})
+    )
 
 
 def _flat(figures: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:

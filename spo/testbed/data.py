@@ -14,7 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side, Split
-from spo.testbed import drawing, scenes, text
+from spo.testbed import drawing, requests, scenes, text
+from spo.testbed.requests import RequestSplit
 
 CAPTION = "caption"
 QUESTION = "question"
@@ -307,6 +308,30 @@ def _typographic_rows(rows: int, cache: Path, seed: int) -> list[tuple[Side, Pro
             )
             out.append((side, prompt, Positions.LAST_PROMPT))
     return out
+
+
+def drawn_request_prompts(
+    split: RequestSplit, count: int, seed: int, cache: Path
+) -> tuple[Prompt, ...]:
+    """Harmful requests drawn into pictures; the text beside them is harmless."""
+    folder = cache / "scenes" / "drawn-requests"
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = []
+    for i, item in enumerate(requests.drawn_requests(split, count, seed)):
+        path = folder / f"{split}-{seed}-{i:05d}.png"
+        _save_text(item.rendered, path)
+        prompts.append(
+            Prompt(
+                prompt_id=f"{split}-drawn-{i:05d}",
+                text=item.prompt,
+                kind=PromptKind.HARM,
+                image=str(path),
+                category="drawn",
+                split=Split.TRAIN if split == "train" else Split.HELDOUT,
+                reference=item.rendered,
+            )
+        )
+    return tuple(prompts)
 
 
 def _save_text(words: str, path: Path) -> None:

@@ -9,7 +9,7 @@ and numbers.
 import functools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
@@ -130,10 +130,12 @@ def _draws(family: str, split: str, seed: int) -> Iterator[tuple[str, str]]:
     while True:
         harmful, harmless = rng.choice(templates)
         values = {slot: rng.choice(words) for slot, words in vocabulary.items()}
-        yield _fill(harmful, values), _fill(harmless, values)
+        yield fill(harmful, values), fill(harmless, values)
 
 
-def _fill(template: str, values: dict[str, str]) -> str:
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """The template with a value in each `{slot}`, cased as its suffix says."""
+
     def value(match: re.Match[str]) -> str:
         word = values[match[1]]
         match match[2]:

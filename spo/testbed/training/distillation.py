@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from spo.algorithms.rewards import is_refusal
 from spo.testbed import text as grammar
 from spo.testbed.model import IMAGE_TOKENS, chat_prompt
 from spo.testbed.smollm import IMAGE_TOKEN, IMAGE_TOKEN_ID
+from spo.testbed.training.guard_data import GuardTexts
 from spo.testbed.training.vlm_data import SEQUENCE_LENGTH, Continuation
 from spo.testbed.vocabulary import WORDS
 
@@ -144,32 +146,48 @@ class Corpus:
 
 
 def write_corpus(
-    teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
+    teacher: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seed: int,
+    guard: GuardTexts | None = None,
 ) -> Corpus:
-    """Lets the original model go on from openings and answer requests, `count` texts in all."""
+    """Lets the original model go on from openings and answer requests, `count` texts in all.
+
+    With `guard`, no harmful request is among the texts that the adapted model is held to, and the
+    requests that pictures show are the guard's. Harmless requests that the original model refuses
+    are left out.
+    """
     rng = np.random.default_rng(seed)
-    plain, chat, rendered = _prompts(count, seed, rng)
+    plain, chat, rendered = _prompts(count, seed, rng, guard)
     prompts = plain + [chat_prompt(text, image=False) for text in chat + rendered]
     written = _sample(teacher, tokenizer, prompts)
-    texts = [prompt + text for prompt, text in zip(prompts, written, strict=True)]
-    is_chat = [False] * len(plain) + [True] * (len(chat) + len(rendered))
+    kept = [
+        index
+        for index, text in enumerate(written)
+        if guard is None
+        or index < len(plain)
+        or (index < len(plain) + len(chat) and not is_refusal(text))
+    ]
+    texts = [prompts[index] + written[index] for index in kept]
+    is_chat = [index >= len(plain) for index in kept]
     openings = [
         Continuation(prompt=prompt, text=text)
         for prompt, text in zip(plain, written[: len(plain)], strict=True)
         if len(prompt.split(" ")) <= 10 and "\n" not in prompt
     ]
-    asked = chat + rendered
+    asked = rendered if guard else chat + rendered
     instructions = [
         Continuation(prompt=prompt, text=text)
-        for prompt, text in zip(asked, written[len(plain) :], strict=True)
-        if len(prompt.split(" ")) <= 12
+        for prompt, text in zip(asked, written[len(prompts) - len(asked) :], strict=True)
+        if len(prompt.split(" ")) <= 12 and not (guard and is_refusal(text))
     ]
     device = teacher.model.embed_tokens.weight.device
     return Corpus(texts, is_chat, (openings, instructions), tokenizer, device)
 
 
 def _prompts(
-    count: int, seed: int, rng: np.random.Generator
+    count: int, seed: int, rng: np.random.Generator, guard: GuardTexts | None
 ) -> tuple[list[str], list[str], list[str]]:
     """Plain openings (about half of them rude or their twins), requests, and words to render."""
     part = max(count // 12, 4)
@@ -180,10 +198,19 @@ def _prompts(
         *_as_many(grammar.clean_texts, part // 2, seed),
         *(_fill(_STARTS, rng) for _ in range(2 * part)),
     ]
+    questions = [_fill(_QUESTIONS, rng) for _ in range(2 * part)]
+    if guard is not None:
+        harmless = [guard.harmless[int(i)] for i in rng.permutation(len(guard.harmless))]
+        words = list(guard.drawn)
+        return (
+            plain,
+            [*harmless[: 6 * part], *questions],
+            [words[index % len(words)] for index in range(2 * part)],
+        )
     chat = [
         *_as_many(grammar.harmful_instructions, part // 2, seed),
         *_as_many(grammar.harmless_instructions, part // 2, seed),
-        *(_fill(_QUESTIONS, rng) for _ in range(2 * part)),
+        *questions,
     ]
     drawn = grammar.typographic_instructions("train", 60, seed)
     words = [side for each in drawn for side in (each.rendered, each.plain)]

@@ -28,6 +28,7 @@ from transformers import LlamaForCausalLM
 from spo.testbed import model as assembly
 from spo.testbed.smollm import language_model_file, original_model, read_tokenizer
 from spo.testbed.training import distillation
+from spo.testbed.training.guard_data import guard_texts
 from spo.testbed.training.vlm_data import LESSONS, SampleStream
 from spo.testbed.training.vlm_network import VisionLanguageModel
 from spo.testbed.training.vlm_objectives import (
@@ -117,7 +118,8 @@ def train_lesson(config: VlmTraining) -> list[dict[str, float]]:
     tokenizer = read_tokenizer(gguf)
     teacher = original_model(gguf).to(device, torch.bfloat16)
     started = time.monotonic()
-    corpus = distillation.write_corpus(teacher, tokenizer, config.texts, config.seed)
+    guard = guard_texts(config.seed) if LESSONS[config.lesson].refuse else None
+    corpus = distillation.write_corpus(teacher, tokenizer, config.texts, config.seed, guard)
     logger.info("%d texts in %.0f s", len(corpus.texts), time.monotonic() - started)
     student = VisionLanguageModel(copy.deepcopy(teacher)).to(device)
     if config.start is not None:
@@ -131,6 +133,7 @@ def train_lesson(config: VlmTraining) -> list[dict[str, float]]:
         config.batch_size,
         config.seed,
         LESSONS[config.lesson],
+        guard.harmful if guard else (),
     )
     exams = {
         "words": word_exam(tokenizer, unseen=False),
@@ -247,7 +250,7 @@ def _step(
         answer_loss(student, hidden[:first], labels),
         text_loss(student, hidden[second:], alone.positions, teacher, alone),
         text_loss(student, hidden[first:second], behind.positions, teacher, behind),
-        letter_loss(letters[:first], batch["letters"].to(device, non_blocking=True)),
+        letter_loss(letters[: len(images)], batch["letters"].to(device, non_blocking=True)),
     )
 
 

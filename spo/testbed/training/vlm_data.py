@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import Value
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from spo.testbed import scenes, text
+from spo.testbed import requests, scenes, text
 from spo.testbed.model import (
     IMAGE_SIZE,
     IMAGE_TOKENS,
@@ -47,7 +48,6 @@ FOLLOW_PROMPTS = (
 )
 SPELL_PROMPTS = ("Spell the word in the picture.", "Which letters does the word have?")
 # Letters are read sooner when the first pictures show few, short words in large lettering.
-_EASY_UNTIL = 0.33
 _EASY_WORDS = 250
 
 
@@ -67,6 +67,10 @@ class Lesson:
     """Continue the opening that a typographic picture shows."""
     follow: float
     """Carry out the request that a typographic picture shows."""
+    refuse: float
+    """Refuse a harmful request, alone or beside a picture."""
+    easy_until: float
+    """Share of the time in which pictures show few, short words in large lettering."""
     word_share: float
     """Share of scenes with a word."""
     word_question_share: float
@@ -81,6 +85,8 @@ LESSONS = {
         spell=0.0,
         go_on=0.06,
         follow=0.06,
+        refuse=0.0,
+        easy_until=0.33,
         word_share=0.65,
         word_question_share=0.6,
     ),
@@ -91,8 +97,22 @@ LESSONS = {
         spell=0.08,
         go_on=0.06,
         follow=0.06,
+        refuse=0.0,
+        easy_until=0.33,
         word_share=0.85,
         word_question_share=0.8,
+    ),
+    "guard": Lesson(
+        caption=0.12,
+        plain_caption=0.03,
+        read=0.22,
+        spell=0.05,
+        go_on=0.04,
+        follow=0.16,
+        refuse=0.18,
+        easy_until=0.0,
+        word_share=0.6,
+        word_question_share=0.6,
     ),
 }
 
@@ -111,8 +131,8 @@ class Continuation:
 class Sample:
     """One picture with the text around it."""
 
-    image: Image.Image
-    """An RGB picture of the model's size."""
+    image: Image.Image | None
+    """An RGB picture of the model's size; None where the text stands alone."""
     segments: tuple[tuple[str, bool], ...]
     """Pieces of text in order, each with whether the model learns to say it."""
     glyphs: tuple[scenes.Glyph, ...]
@@ -122,8 +142,9 @@ class Sample:
 class SampleStream(IterableDataset[dict[str, Tensor]]):
     """Endless batches of fresh samples; every worker draws from a stream of its own.
 
-    A batch holds `images` [batch, 3, 112, 112] (uint8), `ids` and `labels` [batch, 128] (int64),
-    the picture's 49 tokens standing in `ids` where they belong, and `letters` [batch, 49, 2]: the
+    A batch holds `images` [pictures, 3, 112, 112] (uint8; one for each sample that has one, in
+    order), `ids` and `labels` [batch, 128] (int64), the picture's 49 tokens standing in `ids` where
+    they belong, and `letters` [pictures, 49, 2]: the
     letter (0..25) whose middle lies in the left and in the right half of each patch, `NO_LETTER`
     where there is none, `IGNORED` where there are several.
     """
@@ -135,8 +156,11 @@ class SampleStream(IterableDataset[dict[str, Tensor]]):
         batch_size: int,
         seed: int,
         lesson: Lesson,
+        harmful: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        self._harmful = harmful
+        self._request_words = sorted(requests.words()) if harmful else []
         self._tokenizer = tokenizer
         self._openings, self._instructions = continuations
         self._batch_size = batch_size
@@ -153,7 +177,7 @@ class SampleStream(IterableDataset[dict[str, Tensor]]):
         number = 0 if worker is None else worker.id
         rng = scenes.training_generator(1000 * self._seed + number)
         while True:
-            self._easy = self.progress.value < _EASY_UNTIL
+            self._easy = self.progress.value < self._lesson.easy_until
             yield encode([self.sample(rng) for _ in range(self._batch_size)], self._tokenizer)
 
     def sample(self, rng: np.random.Generator) -> Sample:
@@ -166,6 +190,7 @@ class SampleStream(IterableDataset[dict[str, Tensor]]):
             (self._lesson.spell, self._spell),
             (self._lesson.go_on, self._continue),
             (self._lesson.follow, self._follow),
+            (self._lesson.refuse, self._refuse),
         ):
             if draw < share:
                 return make(rng)
@@ -238,6 +263,17 @@ class SampleStream(IterableDataset[dict[str, Tensor]]):
         segments = ((prompt, False), (chosen.text, True))
         return Sample(image=image, segments=segments, glyphs=glyphs)
 
+    def _refuse(self, rng: np.random.Generator) -> Sample:
+        """A harmful request as text: half of them alone, the others beside scenes and words."""
+        asked = _pick(rng, self._harmful)
+        kind = rng.random()
+        said = requests.refusal(random.Random(int(rng.integers(2**31))))
+        if kind < 0.5:
+            segments = ((chat_prompt(asked, image=False), False), (f"{said}<|im_end|>", True))
+            return Sample(image=None, segments=segments, glyphs=())
+        picture = _drawn(self._scene(rng)) if kind < 0.85 else _written(self._phrase(rng), rng)
+        return _one_turn(picture, chat_prompt(asked), said)
+
     def _spell(self, rng: np.random.Generator) -> Sample:
         if rng.random() < 0.5:
             word = self._word(rng)
@@ -250,6 +286,10 @@ class SampleStream(IterableDataset[dict[str, Tensor]]):
 
     def _phrase(self, rng: np.random.Generator) -> str:
         kind = 1.0 if self._easy else rng.random()
+        if self._request_words and kind > 0.6:
+            count = int(rng.integers(1, 6))
+            chosen = rng.integers(len(self._request_words), size=count)
+            return _cased(rng, " ".join(self._request_words[int(index)] for index in chosen))
         if kind < 0.25:
             source = self._openings if kind < 0.12 else self._instructions
             words = source[int(rng.integers(len(source)))].prompt.split(" ")[:6]
@@ -298,12 +338,13 @@ def encode(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> dic
             if learned:
                 labels[row, position:end] = piece
             position = end
-    pixels = np.stack([np.asarray(sample.image) for sample in samples]).transpose(0, 3, 1, 2)
+    shown = [sample for sample in samples if sample.image is not None]
+    pixels = np.stack([np.asarray(sample.image) for sample in shown]).transpose(0, 3, 1, 2)
     return {
         "images": torch.from_numpy(np.ascontiguousarray(pixels)),
         "ids": torch.from_numpy(ids),
         "labels": torch.from_numpy(labels),
-        "letters": torch.from_numpy(np.stack([letter_grid(each.glyphs) for each in samples])),
+        "letters": torch.from_numpy(np.stack([letter_grid(each.glyphs) for each in shown])),
     }
 
 
