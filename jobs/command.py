@@ -67,7 +67,7 @@ def mirrored(config: RunConfig) -> Iterator[None]:
     if config.run_url is None:
         yield
         return
-    from spo.storage import mirrored as keep_mirrored
+    from spo.session.storage import mirrored as keep_mirrored
 
     def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr)
@@ -114,7 +114,7 @@ def connect(config: RunConfig) -> bool:
     import ray
     import ray.data
 
-    from spo.preflight.head import check_head
+    from spo.session.head import check_head
 
     local = config.ray.address is None and "RAY_ADDRESS" not in os.environ
     address = config.ray.address or os.environ.get("RAY_ADDRESS") or ""
@@ -149,7 +149,7 @@ def connect(config: RunConfig) -> bool:
 
 
 def _check_nodes(config: RunConfig) -> None:
-    from spo.preflight.nodes import Question, ask_here, ask_nodes, check_nodes, marker_in
+    from spo.session.nodes import Question, ask_here, ask_nodes, check_nodes, marker_in
 
     with marker_in(config.run_dir) as marker:
         question = Question(marker=marker)
@@ -168,7 +168,7 @@ def _check_room(config: RunConfig, stages: Sequence[str]) -> None:
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    from spo.preflight.placement import Room, bundles_of, check_room, phases_of
+    from spo.session.placement import Room, bundles_of, check_room, phases_of
 
     phases = phases_of(config, stages)
     end = time.monotonic() + config.ray.node_wait_s

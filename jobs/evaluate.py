@@ -21,8 +21,8 @@ from spo.config import RunConfig
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
     from spo.pipeline import prepare, run_evaluate
     from spo.progress import ConsoleReporter
-    from spo.refine import Pools
     from spo.report import write_report
+    from spo.stage2.job import Pools
 
     prepare(config)
     reporter = ConsoleReporter()
@@ -55,8 +55,8 @@ def _file(run: str) -> Path:
 
 
 def _agreement(arguments: argparse.Namespace, config: RunConfig) -> None:
+    from spo.corpus.files import open_success_judges
     from spo.evaluation.agreement import agreement, judge_agreement, read_labelled
-    from spo.resources import open_success_judges
 
     rows, others = read_labelled(Path(arguments.labels))
     labels = [label for _, _, label in rows]
@@ -72,7 +72,7 @@ def _agreement(arguments: argparse.Namespace, config: RunConfig) -> None:
 
 
 def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:
-    from spo.benchmarks import look_for
+    from spo.datasets.catalogue import look_for
 
     for found in look_for(Path(arguments.folder), config.cache):
         mark = "present" if found.usable else "missing"

@@ -14,7 +14,7 @@ from spo.config import RunConfig
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
     from spo.pipeline import prepare
     from spo.progress import ConsoleReporter
-    from spo.stage1 import run_extract
+    from spo.stage1.job import run_extract
 
     prepare(config)
     with command.cluster(config, ("extract",)):

@@ -26,8 +26,8 @@ from spo.errors import ConfigError
 if TYPE_CHECKING:
     from ray.serve import Application
 
+    from spo.serving.deployment import ServeSettings
     from spo.serving.keys import Key
-    from spo.stages.serve import ServeSettings
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -37,7 +37,7 @@ def build(args: Mapping[str, Any]) -> Application:
         args: `config` (a YAML file), `overrides` (a list of key.sub=value) and `artifacts`
             (vector names and their folders).
     """
-    from spo.stages.serve import application
+    from spo.serving.deployment import application
 
     unknown = set(args) - {"config", "overrides", "artifacts"}
     if unknown:
@@ -53,10 +53,10 @@ def settings_of(
 ) -> ServeSettings:
     """What the replicas need, with bad artifacts and missing keys found out first."""
     from spo.artifact import SteeringArtifact
+    from spo.corpus.files import resolve_model
     from spo.engines.identity import folder_revision, model_identity
-    from spo.resources import resolve_model
+    from spo.serving.deployment import ServeSettings
     from spo.serving.keys import KeyRing
-    from spo.stages.serve import ServeSettings
 
     limits = config.serve
     KeyRing(keys, limits.keys_file, open_to_all=limits.auth == "none")
@@ -115,8 +115,8 @@ def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
         return
     from ray import serve
 
+    from spo.serving.deployment import APP, application, http_options
     from spo.serving.keys import Scope, new_key
-    from spo.stages.serve import APP, application, http_options
 
     limits = config.serve
     secret, keys = "", []

@@ -21,7 +21,7 @@ from jobs import command
 
 if TYPE_CHECKING:
     from spo.config import RunConfig
-    from spo.sweep.boards import Board
+    from spo.sweep.dashboards import Board
     from spo.sweep.settings import SweepConfig
 
 VERBS = ("run", "best", "dashboard", "report")
@@ -71,7 +71,7 @@ def _load(chosen: argparse.Namespace) -> tuple[SweepConfig, RunConfig]:
 
 def _run(chosen: argparse.Namespace, sweep: SweepConfig, base: RunConfig) -> None:
     from spo.progress import ConsoleReporter
-    from spo.sweep.boards import dashboards, links
+    from spo.sweep.dashboards import dashboards, links
     from spo.sweep.plan import SweepFolder
     from spo.sweep.run import check, run_sweep, started
 
@@ -113,7 +113,7 @@ def _best(chosen: argparse.Namespace, sweep: SweepConfig, base: RunConfig) -> No
 
 
 def _dashboard(chosen: argparse.Namespace, sweep: SweepConfig, base: RunConfig) -> None:
-    from spo.sweep.boards import dashboards, links
+    from spo.sweep.dashboards import dashboards, links
     from spo.sweep.plan import SweepFolder
 
     folder = SweepFolder(path=base.run_dir)

@@ -27,7 +27,7 @@ from spo.config import RunConfig
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
     from spo.pipeline import prepare
     from spo.progress import ConsoleReporter
-    from spo.refine import Pools, run_train, trained
+    from spo.stage2.job import Pools, run_train, trained
 
     prepare(config)
     reporter = ConsoleReporter()

@@ -1,6 +1,6 @@
 """The order of things: extract, estimate, train, evaluate. Each also runs alone on a run folder.
 
-Stage II (`Pools`, `run_train`) is in `spo.refine`.
+Stage II (`Pools`, `run_train`) is in `spo.stage2.job`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from spo.artifact import write_atomic
-from spo.conditions import attacked_sets, open_defences, with_defences
 from spo.config import RunConfig
-from spo.errors import DataError
-from spo.evaluation import CellStore, evaluate, format_table, save_report, shown_conditions
-from spo.progress import Reporter
-from spo.provenance import save_environment
-from spo.refine import Pools, run_train
-from spo.report import write_report
-from spo.resources import (
+from spo.corpus.files import (
     alignment_arguments,
     evaluation_inputs,
     open_judge,
     open_success_judges,
     training_prompts,
 )
-from spo.stage1 import run_estimate, run_extract
+from spo.errors import DataError
+from spo.evaluation import CellStore, evaluate, format_table, save_report, shown_conditions
+from spo.evaluation.attacked_sets import attacked_sets, open_defences, with_defences
+from spo.progress import Reporter
+from spo.report import write_report
+from spo.run_folder import save_environment
+from spo.stage1.job import run_estimate, run_extract
+from spo.stage2.job import Pools, run_train
 
 HEADLINE_METRICS = ("toxicity", "success", "nll", "attributes", "correct", "refusal", "kl")
 

@@ -1,4 +1,4 @@
 """The endpoint without Ray: keys, limits, pictures, vectors, the OpenAI schema, the application.
 
-`spo.stages.serve` puts it on Ray Serve.
+`spo.serving.deployment` puts it on Ray Serve.
 """

@@ -11,12 +11,12 @@ import json
 from dataclasses import replace
 
 from spo.artifact import SteeringArtifact, write_atomic
+from spo.corpus.files import alignment_arguments, evaluation_inputs, open_judge
 from spo.evaluation import evaluate, format_table, save_report
 from spo.pipeline import HEADLINE_METRICS
 from spo.progress import Reporter
 from spo.records import SteeringSpec
-from spo.refine import Pools
-from spo.resources import alignment_arguments, evaluation_inputs, open_judge
+from spo.stage2.job import Pools
 from spo.sweep.outcome import Outcome, balanced
 
 FOUND, BASE_DEFENCE = "found", "base"

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from spo.activations import (
+from spo.errors import DataError
+from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side
+from spo.stage1.activations import (
     CALIBRATION,
     ContrastRow,
     decode_half,
@@ -20,8 +22,6 @@ from spo.activations import (
     row_from_json,
     row_to_json,
 )
-from spo.errors import DataError
-from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side
 
 LAYERS, HIDDEN = 3, 4
 MODEL = {"model_id": "m", "model_revision": "r", "hidden_size": HIDDEN, "num_layers": LAYERS}

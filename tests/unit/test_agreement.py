@@ -8,7 +8,7 @@ import pytest
 
 from spo.errors import DataError
 from spo.evaluation.agreement import agreement, judge_agreement, read_labelled
-from spo.scorers.success import KeywordJudge
+from spo.scorers.judges import KeywordJudge
 
 HEADER = "goal,target_response,human_majority,other_cf\n"
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from spo.actors.picture_tasks import AttackJob, pictures_of
 from spo.artifact import SteeringArtifact
-from spo.attack_loop import with_attacked
 from spo.config import AttackConfig, DataConfig, LearnConfig, RunConfig
+from spo.corpus.files import ResolvedModel
 from spo.errors import ConfigError
 from spo.progress import Silent
 from spo.records import Operator, Positions, Prompt, PromptKind
-from spo.resources import ResolvedModel
-from spo.stages.attack import AttackJob, pictures_of
+from spo.stage2.attacked_prompts import with_attacked
 from spo.sweep.settings import load_sweep
 from spo.vector import SteeringVector
 

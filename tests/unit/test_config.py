@@ -10,7 +10,7 @@ import pydantic
 import pytest
 
 from spo.config import RunConfig, load_config
-from spo.config_evaluate import DEFENCES, AttackConfig
+from spo.config.evaluation import DEFENCES, AttackConfig
 from spo.errors import ConfigError
 from spo.records import Operator
 

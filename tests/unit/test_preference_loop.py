@@ -17,12 +17,12 @@ from spo.config import LearnConfig, RewardConfig, RolloutConfig, SteeringConfig
 from spo.engines.fake import WORDS, FakeEngine
 from spo.errors import DataError, StageError
 from spo.records import Batch, Operator, Prompt, PromptFormat, PromptKind, Rollout
-from spo.refine import train
-from spo.stages.coordinator import Coordinator, Settings
-from spo.stages.learner import Update, VectorLearner
-from spo.stages.ledger import Ledger
-from spo.stages.observe import Recorder
-from spo.stages.schedule import Schedule
+from spo.stage2.coordinator import Coordinator, Settings
+from spo.stage2.history import Recorder
+from spo.stage2.job import train
+from spo.stage2.learner import Update, VectorLearner
+from spo.stage2.ledger import Ledger
+from spo.stage2.schedule import Schedule
 from spo.vector import SteeringVector
 
 STEERING = SteeringConfig(operator=Operator.ADD, coefficient=1.0)

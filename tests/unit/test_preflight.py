@@ -9,9 +9,9 @@ import pytest
 
 from spo.config import RunConfig, load_config
 from spo.errors import StageError
-from spo.preflight.doctor import Finding, State, examine, question_of, worst
-from spo.preflight.nodes import Answers, NodeFacts, Question, ask_here, check_nodes, marker_in
-from spo.preflight.placement import Role, Room, bundles_of, check_room, phases_of, place
+from spo.session.doctor import Finding, State, examine, question_of, worst
+from spo.session.nodes import Answers, NodeFacts, Question, ask_here, check_nodes, marker_in
+from spo.session.placement import Role, Room, bundles_of, check_room, phases_of, place
 
 VERSIONS = {"ray": "2.60.0", "torch": "2.13.0", "transformers": "5.19.0", "spo-vlm": "0.1.0"}
 WELL = NodeFacts(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from spo.datasets.prompts import read_contrast, read_prompts, write_prompts
 from spo.errors import DataError
-from spo.prompts import read_contrast, read_prompts, write_prompts
 from spo.records import Prompt, PromptFormat, PromptKind, Side
 
 

@@ -20,7 +20,7 @@ from spo.report import write_report
 from spo.report.answers import VEIL_FROM, attack_pictures, card_groups, open_picture
 from spo.report.headline import findings, machine_readable, stage1_difference, tables, tiles
 from spo.report.metrics import Metric, Verdict, defences_of, metric_named
-from spo.report.sources import read_run
+from spo.report.run_record import read_run
 from tests.example_run import CHOSEN, ODD_TEXT, write_example_run
 
 FILES = [

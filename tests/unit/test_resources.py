@@ -13,14 +13,10 @@ from spo.config import (
     RewardConfig,
     RunConfig,
 )
+from spo.corpus.files import alignment_arguments, evaluation_inputs, training_prompts
+from spo.datasets.prompts import write_prompts
 from spo.errors import ConfigError, DataError
-from spo.prompts import write_prompts
 from spo.records import Prompt, PromptFormat, PromptKind
-from spo.resources import (
-    alignment_arguments,
-    evaluation_inputs,
-    training_prompts,
-)
 
 
 def prompt_file(folder: Path) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spo.activations import CALIBRATION, ContrastRow
+from spo.actors.source_pictures import PictureJob, make_pictures
 from spo.attacks.attribution import attribute, surrogate
 from spo.config import (
     AdversarialSource,
@@ -26,11 +26,11 @@ from spo.config import (
     load_config,
 )
 from spo.engines.base import LogprobRequest
-from spo.engines.hf import HfEngine
+from spo.engines.hf.engine import HfEngine
 from spo.errors import ConfigError, DataError
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, QuarantinedRow, Side
-from spo.sources import contrast_rows, source_weights
-from spo.stages.pictures import PictureJob, make_pictures
+from spo.stage1.activations import CALIBRATION, ContrastRow
+from spo.stage1.sources import contrast_rows, source_weights
 
 
 def build(tmp_path: Path, *sources: Any) -> tuple[list[ContrastRow], list[QuarantinedRow]]:

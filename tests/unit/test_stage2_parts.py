@@ -13,15 +13,15 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from spo.actors.reward_pool import MicroBatcher
+from spo.bench.objectives import write_table
 from spo.config import LearnConfig, RewardConfig
 from spo.engines.fake import FakeEngine
 from spo.errors import ConfigError
-from spo.objective_table import write_table
 from spo.records import Batch
 from spo.scorers.crosscheck import ProfanityCheck
-from spo.stages.learner import VectorLearner
-from spo.stages.observe import Recorder, open_sinks
-from spo.stages.score import MicroBatcher
+from spo.stage2.history import Recorder, open_sinks
+from spo.stage2.learner import VectorLearner
 from tests.unit.test_preference_loop import STEERING, coordinator, start_vector
 
 

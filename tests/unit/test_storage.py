@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from spo import storage
 from spo.errors import DataError
+from spo.session import storage
 from tests.object_store import BUCKET, s3_server
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from spo.algorithms.operators import steer
 from spo.engines.base import CaptureRequest, LogprobRequest
-from spo.engines.hf import HfEngine
+from spo.engines.forward import SteeringPlan, TokenBatch
+from spo.engines.hf.engine import HfEngine
 from spo.engines.identity import find_blocks
-from spo.engines.plan import SteeringPlan, TokenBatch
 from spo.errors import ArtifactError, DataError, EngineError, SteeringError
 from spo.records import (
     FinishReason,

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spo.engines.hf import HfEngine
-from spo.engines.packing import can_pack, pack
-from spo.engines.plan import SteeringPlan
+from spo.engines.forward import SteeringPlan
+from spo.engines.hf.engine import HfEngine
+from spo.engines.hf.packing import can_pack, pack
 from spo.records import Operator, Positions, Prompt, PromptFormat, PromptKind
 
 ANSWERS = [(5, 6, 7, 8), (9, 10), (11, 12, 13), (7, 7, 7, 7), (3, 4)]

@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from spo.engines.vllm_plugin import bench, bench_process
-from spo.engines.vllm_plugin.bench_result import BenchResult, Measure, Workload
+from spo.bench import engine as bench
+from spo.bench import engine_process as bench_process
+from spo.bench.engine_table import BenchResult, Measure, Workload
 from spo.errors import EngineError
 
 CHILD = """

@@ -10,14 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo.engines.vllm_plugin.desk import Seen, SteeringDesk
-from spo.engines.vllm_plugin.wire import (
-    Lane,
-    PluginConfig,
-    RequestSteering,
-    cache_salt,
-    op_version,
-)
+from spo.engines.vllm.plugin.wire import Lane, PluginConfig, RequestSteering, cache_salt, op_version
+from spo.engines.vllm.vector_table import Seen, SteeringDesk
 from spo.errors import SteeringError
 from spo.records import Operator, Positions, SteeringSpec
 from spo.vector import SteeringVector

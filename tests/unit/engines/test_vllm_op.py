@@ -14,14 +14,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from spo.algorithms.operators import steer
-from spo.engines.vllm_plugin import op
-from spo.engines.vllm_plugin.op import LayerTables
-from spo.engines.vllm_plugin.wire import OPERATOR_CODES
+from spo.engines.vllm.plugin import op
+from spo.engines.vllm.plugin.op import LayerTables
+from spo.engines.vllm.plugin.wire import OPERATOR_CODES
 from spo.records import Operator
 from spo.vector import SteeringVector
 
 HIDDEN, SLOTS, TOKENS = 16, 3, 24
-KERNEL = "spo.engines.vllm_plugin.kernel"
+KERNEL = "spo.engines.vllm.plugin.kernel"
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_nothing_runs_while_the_switch_is_off(case, monkeypatch):
 
 INTERPRET = """
 import sys, torch
-from spo.engines.vllm_plugin.kernel import launch
+from spo.engines.vllm.plugin.kernel import launch
 cases = torch.load(sys.argv[1])
 for case in cases:
     launch(case["hidden"], case["state"], case["tables"], case["plan"], True)

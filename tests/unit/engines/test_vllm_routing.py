@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spo.algorithms.positions import select_positions
-from spo.engines.vllm_plugin.routing import Router
-from spo.engines.vllm_plugin.wire import OPERATOR_CODES, REQUEST_KEY, Lane, RequestSteering
+from spo.engines.vllm.plugin.routing import Router
+from spo.engines.vllm.plugin.wire import OPERATOR_CODES, REQUEST_KEY, Lane, RequestSteering
 from spo.errors import SteeringError
 from spo.records import Operator, Positions
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from spo.config_evaluate import JudgeConfig
+from spo.config.evaluation import JudgeConfig
 from spo.records import Prompt, PromptKind
-from spo.scorers.success import ClassifierJudge, KeywordJudge, LlmJudge, open_success_judge
+from spo.scorers.judges import ClassifierJudge, KeywordJudge, LlmJudge, open_success_judge
 
 
 class _Judge(BaseHTTPRequestHandler):

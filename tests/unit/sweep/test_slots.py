@@ -11,8 +11,8 @@ import pytest
 from spo.engines.fake import FakeEngine
 from spo.errors import StageError, SteeringError
 from spo.records import GenerateRequest, Prompt, PromptKind, Sampling, SteeringSpec
-from spo.sweep.lease import LeasedSampler
-from spo.sweep.slots import SlotOffice
+from spo.sweep.leased_sampler import LeasedSampler
+from spo.sweep.slot_office import SlotOffice
 from tests.example_sweep import known_vector
 
 
