@@ -129,13 +129,13 @@ def _learner(chosen: argparse.Namespace) -> None:
 
 
 def _objectives(chosen: argparse.Namespace) -> None:
-    from jobs import command
     from spo.bench.objectives import compare
     from spo.config import load_config
     from spo.progress import ConsoleReporter
+    from spo.session import connect
 
     config = load_config(chosen.config, chosen.overrides)
-    with command.cluster(config):
+    with connect.cluster(config):
         path = compare(config, ConsoleReporter(), seeds=chosen.seeds)
     print(path.read_text())
 
@@ -144,11 +144,12 @@ def _sweep(chosen: argparse.Namespace) -> None:
     from jobs import command
     from spo.bench.sweep import compare_pools, table
     from spo.progress import ConsoleReporter
+    from spo.session import connect
     from spo.sweep.settings import load_sweep
 
     with command.errors_for_people():
         sweep, base = load_sweep(chosen.config, chosen.overrides)
-        with command.cluster(base):
+        with connect.cluster(base):
             speeds = compare_pools(
                 sweep,
                 base,
@@ -173,7 +174,7 @@ def _serving(chosen: argparse.Namespace) -> None:
     model = None
     if chosen.preset == "testbed":
         from spo.config import RunConfig
-        from spo.corpus.files import resolve_model
+        from spo.resolve import resolve_model
 
         config = RunConfig()
         model = Path(resolve_model(config.model, config.cache).path)

@@ -25,6 +25,7 @@ from pathlib import Path
 from jobs import command
 from spo.config import RunConfig, load_config
 from spo.errors import SpoError
+from spo.session import connect
 from spo.session.doctor import Finding, State, examine, good, problem, question_of, warning, worst
 from spo.session.nodes import Question
 from spo.session.placement import Room
@@ -56,7 +57,7 @@ def _on_cluster(config: RunConfig, question: Question) -> list[Finding]:
 
     try:
         here = ask_here(question, "this process", 0.0)
-        command.connect(config)
+        connect.connect(config)
     except SpoError as error:
         return [problem("cluster", str(error), "see the message; nodes were not asked")]
     import ray

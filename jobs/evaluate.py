@@ -16,17 +16,19 @@ from pathlib import Path
 
 from jobs import command
 from spo.config import RunConfig
+from spo.session import connect
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
-    from spo.pipeline import prepare, run_evaluate
+    from spo.actors.pools import Pools
+    from spo.evaluation.job import run_evaluate
+    from spo.pipeline import prepare
     from spo.progress import ConsoleReporter
     from spo.report import write_report
-    from spo.stage2.job import Pools
 
     prepare(config)
     reporter = ConsoleReporter()
-    with command.cluster(config, ("evaluate",)), Pools(config, reporter, scoring=False) as pools:
+    with connect.cluster(config, ("evaluate",)), Pools(config, reporter, scoring=False) as pools:
         run_evaluate(config, reporter, pools)
     print(f"report: {write_report(config.run_dir)}")
 
@@ -55,8 +57,8 @@ def _file(run: str) -> Path:
 
 
 def _agreement(arguments: argparse.Namespace, config: RunConfig) -> None:
-    from spo.corpus.files import open_success_judges
     from spo.evaluation.agreement import agreement, judge_agreement, read_labelled
+    from spo.resolve import open_success_judges
 
     rows, others = read_labelled(Path(arguments.labels))
     labels = [label for _, _, label in rows]

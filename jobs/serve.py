@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from jobs import command
 from spo.config import RunConfig, load_config
 from spo.errors import ConfigError
+from spo.session import connect
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -53,8 +54,8 @@ def settings_of(
 ) -> ServeSettings:
     """What the replicas need, with bad artifacts and missing keys found out first."""
     from spo.artifact import SteeringArtifact
-    from spo.corpus.files import resolve_model
     from spo.engines.identity import folder_revision, model_identity
+    from spo.resolve import resolve_model
     from spo.serving.deployment import ServeSettings
     from spo.serving.keys import KeyRing
 
@@ -129,7 +130,7 @@ def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # Ray's workers run at niceness 15, as befits batch jobs; people wait for these answers.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    with command.cluster(config):
+    with connect.cluster(config):
         # Not before: connecting to Ray puts a handler of its own in their place, which aborts.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())

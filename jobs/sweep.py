@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import command
+from spo.session import connect
 
 if TYPE_CHECKING:
     from spo.config import RunConfig
@@ -81,12 +82,12 @@ def _run(chosen: argparse.Namespace, sweep: SweepConfig, base: RunConfig) -> Non
         return
     reporter = ConsoleReporter()
     check(sweep, base)  # before Ray starts, which takes ten seconds
-    with command.cluster(base):
+    with connect.cluster(base):
         if not chosen.dashboard:
             print(f"report: {run_sweep(sweep, base, reporter, resume=chosen.resume)}")
             return
         with dashboards(folder) as boards:
-            print(links(boards, folder, command.ray_dashboard()), flush=True)
+            print(links(boards, folder, connect.ray_dashboard()), flush=True)
             print(f"report: {run_sweep(sweep, base, reporter, resume=chosen.resume)}")
             _serve(boards)
 

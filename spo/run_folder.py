@@ -11,8 +11,8 @@ from importlib.metadata import packages_distributions, version
 
 import torch
 
-from spo.artifact import write_atomic
 from spo.config import RunConfig
+from spo.files import write_atomic
 from spo.records import QuarantinedRow
 
 

@@ -11,7 +11,7 @@ import torch
 
 from spo.artifact import SteeringArtifact
 from spo.config import RunConfig
-from spo.config.run import validated
+from spo.config.load import validated
 from spo.engines.fake import FakeEngine
 from spo.records import Operator, Positions, Prompt, PromptFormat, PromptKind, Rollout
 from spo.sweep.outcome import Outcome, load_outcome, remember_base, write_table

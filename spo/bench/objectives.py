@@ -15,22 +15,25 @@ from typing import Any
 
 import numpy as np
 
+from spo.actors.pools import Pools
 from spo.algorithms.metrics import runs_interval
 from spo.algorithms.objectives import OBJECTIVES
 from spo.artifact import SteeringArtifact
 from spo.config import RunConfig
-from spo.corpus.files import evaluation_inputs, learner_model, open_judge, training_prompts
 from spo.engines.factory import open_learner_engine
 from spo.engines.forward import DifferentiableEngine
 from spo.evaluation import evaluate
 from spo.pipeline import prepare
 from spo.progress import Reporter, Silent
 from spo.records import Batch
+from spo.resolve import evaluation_inputs, learner_model, open_judge, training_prompts
 from spo.stage1.job import run_estimate, run_extract
 from spo.stage2.attacked_prompts import with_attacked
+from spo.stage2.coordinator_actor import make_coordinator
 from spo.stage2.coordinator_thread import BackgroundLoop
-from spo.stage2.job import Pools, load_artifact, make_coordinator, train
+from spo.stage2.job import load_artifact
 from spo.stage2.learner import Update, VectorLearner
+from spo.stage2.loop import train
 from spo.vector import SteeringVector
 
 COLUMNS = ("reward", "toxicity", "nll", "attributes", "correct", "kl_benign", "seconds")

@@ -7,8 +7,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from spo.artifact import write_atomic
 from spo.config import RunConfig
+from spo.files import write_atomic
 from spo.progress import Reporter
 from spo.sweep.outcome import load_outcome
 from spo.sweep.plan import SweepFolder

@@ -1,29 +1,26 @@
-"""Configuration: one frozen model for each component; importable without torch and Ray."""
+"""Configuration: one frozen model for each component; importable without torch and Ray.
 
-from spo.config.run import (
+Unknown keys are errors. A component takes only its own slice; only jobs, the pipeline and the sweep
+see `RunConfig`. Names carry units.
+"""
+
+from spo.config.datasets import DatasetConfig
+from spo.config.evaluation import AttackConfig, DefenceConfig, EvaluateConfig, JudgeConfig
+from spo.config.load import load_config
+from spo.config.run import DataConfig, ModelConfig, RayConfig, RunConfig, SteeringConfig
+from spo.config.serving import ServeConfig
+from spo.config.stage1 import (
     AdversarialSource,
-    AttackConfig,
     AttributionSource,
     ContinuationSource,
-    DataConfig,
-    DatasetConfig,
-    EngineConfig,
     EstimateConfig,
-    EvaluateConfig,
     ExtractConfig,
     FileSource,
     InstructionSource,
-    LearnConfig,
-    ModelConfig,
-    RayConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
     SourceConfig,
-    SteeringConfig,
     TypographicSource,
-    load_config,
 )
+from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutConfig
 
 __all__ = [
     "AdversarialSource",
@@ -32,18 +29,21 @@ __all__ = [
     "ContinuationSource",
     "DataConfig",
     "DatasetConfig",
+    "DefenceConfig",
     "EngineConfig",
     "EstimateConfig",
     "EvaluateConfig",
     "ExtractConfig",
     "FileSource",
     "InstructionSource",
+    "JudgeConfig",
     "LearnConfig",
     "ModelConfig",
     "RayConfig",
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "ServeConfig",
     "SourceConfig",
     "SteeringConfig",
     "TypographicSource",

@@ -2,7 +2,6 @@
 
 from spo.evaluation.cell_store import CellStore
 from spo.evaluation.evaluate import evaluate
-from spo.evaluation.measures import Check, ImageTextScorer, Judge, PromptSet, SuccessJudge
 from spo.evaluation.results import (
     compare,
     compare_defences,
@@ -16,11 +15,6 @@ from spo.evaluation.results import (
 
 __all__ = [
     "CellStore",
-    "Check",
-    "ImageTextScorer",
-    "Judge",
-    "PromptSet",
-    "SuccessJudge",
     "compare",
     "compare_defences",
     "compare_reports",

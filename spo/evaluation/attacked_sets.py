@@ -1,101 +1,31 @@
-"""Rows and columns of the evaluation matrix: what attacks the model and what defends it.
+"""Rows of the evaluation matrix: `attacked_sets` turns prompt sets into attacked ones.
 
-`open_defences` publishes every defence of the configuration; `attacked_sets` turns prompt sets into
-attacked ones. Pictures of an attack are made once a run and kept with their curves in
-`attack/NAME.json`; the same configuration finds them again.
+Pictures of an attack are made once a run and kept with their curves in `attack/NAME.json`; the same
+configuration finds them again.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from spo.actors.picture_tasks import AttackJob, pictures_of
-from spo.artifact import SteeringArtifact, write_atomic
 from spo.attacks.drawing import draw_text
 from spo.attacks.templates import template_prompts
 from spo.attacks.typographic import typographic_prompts
 from spo.config import AttackConfig, RunConfig
-from spo.config.evaluation import DefenceConfig
-from spo.corpus.files import PICTURE_SIZE, EvaluationInputs, ResolvedModel
-from spo.engines.base import Sampler
-from spo.evaluation import PromptSet
+from spo.corpus.base import PICTURE_SIZE, EvaluationInputs
+from spo.evaluation.defences import UNDEFENDED, Defence
 from spo.evaluation.results import with_picture
+from spo.files import write_atomic
 from spo.progress import Reporter
-from spo.records import Prompt, SteeringSpec
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Defence:
-    """One column of the matrix, ready to be asked."""
-
-    name: str
-    spec: SteeringSpec | None = None
-    vector: bytes = b""
-    sha256: str = ""
-    reminder: str = ""
-
-    def asked(self, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
-        """The prompts as this defence hands them to the model."""
-        if not self.reminder:
-            return tuple(prompts)
-        return tuple(replace(p, text=f"{self.reminder}\n{p.text}") for p in prompts)
-
-
-UNDEFENDED = Defence(name="none")
+from spo.records import Prompt, PromptSet
+from spo.resolve import ResolvedModel
 
 _Curves = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 """(attack, defence) to the curves and pictures of the attack's independent runs."""
-
-
-def open_defences(config: RunConfig, engine: Sampler, reporter: Reporter) -> list[Defence]:
-    """The unsteered model and every configured defence whose artifact is there, published."""
-    found = [UNDEFENDED]
-    for settings in config.evaluate.defences:
-        if settings.reminder is not None:
-            found.append(Defence(name=settings.name, reminder=settings.reminder))
-            continue
-        folder = config.run_dir / (settings.artifact or Path())
-        if not folder.is_dir():
-            reporter.note(f"defence {settings.name!r} left out: there is no {folder}")
-            continue
-        found.append(_published(settings, folder, engine))
-    return found
-
-
-def _published(settings: DefenceConfig, folder: Path, engine: Sampler) -> Defence:
-    held = engine.info
-    artifact = SteeringArtifact.load(
-        folder, model_id=held.model_id, model_revision=held.model_revision
-    )
-    name = f"evaluated-{settings.name}"
-    engine.publish(name, artifact.vector, 0)
-    spec = SteeringSpec(
-        vector=name,
-        version=0,
-        coefficient=settings.coefficient or artifact.coefficient,
-        operator=settings.operator or artifact.operator,
-        positions=artifact.positions,
-    )
-    return Defence(
-        name=settings.name,
-        spec=spec,
-        vector=artifact.vector.to_bytes(),
-        sha256=artifact.vector.sha256,
-    )
-
-
-def with_defences(prompt_set: PromptSet, defences: Sequence[Defence]) -> PromptSet:
-    """The set with the prompts of defences that change them."""
-    changed = {
-        defence.name: defence.asked(prompt_set.prompts_for(defence.name))
-        for defence in defences
-        if defence.reminder
-    }
-    return replace(prompt_set, by_defence={**prompt_set.by_defence, **changed})
 
 
 def attacked_sets(

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from spo.artifact import write_atomic
-from spo.evaluation.measures import PromptSet
-from spo.records import EvaluatedAnswer, Prompt, SteeringSpec
+from spo.files import write_atomic
+from spo.records import EvaluatedAnswer, Prompt, PromptSet, SteeringSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,17 +18,7 @@ from spo.config import EvaluateConfig
 from spo.engines.base import Sampler
 from spo.errors import ConfigError, DataError, EngineError, SteeringError
 from spo.evaluation.cell_store import Cell, CellStore
-from spo.evaluation.measures import (
-    Check,
-    ImageTextScorer,
-    Instruments,
-    Judge,
-    PromptSet,
-    Quarantine,
-    Rows,
-    SuccessJudge,
-    measure,
-)
+from spo.evaluation.measures import Instruments, Quarantine, Rows, measure
 from spo.evaluation.results import BASELINE, values_of
 from spo.records import (
     EvaluatedAnswer,
@@ -36,10 +26,12 @@ from spo.records import (
     EvaluationReport,
     GenerateRequest,
     Prompt,
+    PromptSet,
     Rollout,
     Sampling,
     SteeringSpec,
 )
+from spo.scorers.base import Check, ImageTextScorer, Judge, SuccessJudge
 
 Progress = Callable[[int, int, str], None]
 """Called with (answers done, answers in all, what is being measured)."""

@@ -18,8 +18,8 @@ from starlette.exceptions import HTTPException
 from spo.errors import ArtifactError, ConfigError, SpoError, SteeringError
 from spo.serving import keys
 from spo.serving.access_log import Meter
-from spo.serving.callers import Caller, Manager
 from spo.serving.chat_route import ERRORS, as_problem, chat_route
+from spo.serving.keys import Caller, Manager
 from spo.serving.middleware import BodyLimit, SecurityHeaders
 from spo.serving.problems import Problem
 from spo.serving.schema import LoadRequest, RollbackRequest, vectors_json

@@ -17,8 +17,7 @@ from starlette.types import Receive, Scope, Send
 from spo.engines.chat import ChatAnswer, ChatDelta
 from spo.errors import DataError, SpoError, SteeringError
 from spo.serving.access_log import Meter, Outcome, log_outcome
-from spo.serving.callers import Caller
-from spo.serving.keys import Key
+from spo.serving.keys import Caller, Key
 from spo.serving.problems import Problem
 from spo.serving.schema import (
     ChatCompletionRequest,

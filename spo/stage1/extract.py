@@ -23,10 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from spo.artifact import write_atomic
 from spo.config import ExtractConfig
 from spo.engines.base import Capture, CaptureRequest, Engine
 from spo.errors import DataError, SpoError, StageError
+from spo.files import write_atomic
 from spo.records import GenerateRequest, Sampling
 from spo.stage1.activations import (
     CALIBRATION,

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from spo.algorithms.combination import Estimate, LeftOut, estimate, leave_one_out
-from spo.artifact import SteeringArtifact, write_atomic
+from spo.artifact import SteeringArtifact
 from spo.config import RunConfig
-from spo.corpus.files import resolve_model
 from spo.engines.identity import folder_revision
+from spo.files import write_atomic
 from spo.progress import Reporter
 from spo.records import Interval
+from spo.resolve import resolve_model
 from spo.run_folder import keep_quarantined
 from spo.stage1.activations import Activations, digest_of_rows, load_activations
 from spo.stage1.extract import extract

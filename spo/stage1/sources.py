@@ -27,14 +27,7 @@ from spo.datasets import load_prompts
 from spo.datasets.prompts import read_contrast
 from spo.engines.identity import folder_revision
 from spo.errors import ConfigError, DataError
-from spo.records import (
-    Positions,
-    Prompt,
-    PromptFormat,
-    PromptKind,
-    QuarantinedRow,
-    Side,
-)
+from spo.records import Positions, Prompt, PromptFormat, PromptKind, QuarantinedRow, Side
 from spo.stage1.activations import CALIBRATION, ContrastRow
 
 Progress = Callable[[int, int, str], None]
@@ -146,7 +139,7 @@ def _drawn(prompt: Prompt, source: TypographicSource, context: SourceContext) ->
 
 
 def _attacked(source: AdversarialSource | AttributionSource, context: SourceContext) -> Built:
-    from spo.actors.source_pictures import PictureJob, picture_pairs
+    from spo.actors.picture_tasks import PictureJob, picture_pairs
     from spo.testbed import data, text
 
     prompts = _attack_prompts(source, context)

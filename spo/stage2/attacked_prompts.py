@@ -14,10 +14,11 @@ from pathlib import Path
 from spo.actors.picture_tasks import AttackJob, pictures_of
 from spo.artifact import SteeringArtifact
 from spo.config import RunConfig
-from spo.corpus.files import TESTBED, ResolvedModel, harmful_share, target_sentences
+from spo.corpus.base import harmful_share, target_sentences
 from spo.errors import ConfigError
 from spo.progress import Reporter
 from spo.records import Prompt, PromptKind
+from spo.resolve import TESTBED, ResolvedModel
 
 _FOLDER = "attack-training"
 _OTHER_TARGETS = 4099

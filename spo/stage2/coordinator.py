@@ -22,18 +22,10 @@ from spo.algorithms.rewards import reward_of
 from spo.config import RewardConfig, RolloutConfig, SteeringConfig
 from spo.engines.base import LogprobRequest, Sampler
 from spo.errors import DataError, StageError
-from spo.records import (
-    Batch,
-    PromptKind,
-    RewardStatus,
-    Rollout,
-    ScoredRollout,
-    SteeringSpec,
-)
-from spo.stage2.deadline import within
+from spo.records import Batch, PromptKind, RewardStatus, Rollout, ScoredRollout, SteeringSpec
 from spo.stage2.history import IdleClock, Recorder
 from spo.stage2.ledger import Fate, Ledger
-from spo.stage2.schedule import Schedule, Slot, receipt_sha
+from spo.stage2.schedule import Schedule, Slot, receipt_sha, within
 from spo.vector import SteeringVector
 
 VECTOR_NAME = "spo"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from spo.engines.factory import open_learner_engine
 from spo.errors import StageError
 from spo.stage2.coordinator_actor import CoordinatorLink
 from spo.stage2.learner import VECTOR_FILE, Update, VectorLearner
+from spo.stage2.loop import train as preference_loop
 from spo.vector import SteeringVector
 
 _COORDINATOR = "coordinator.json"
@@ -43,11 +44,7 @@ class TrainLoopSettings:
     batch_timeout_s: float
 
 
-Loop = Callable[..., SteeringVector]
-"""`spo.pipeline.train`, handed in so that the order of the steps stays written in one place."""
-
-
-def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: str) -> SteeringVector:
+def fit(settings: TrainLoopSettings, *, name: str, storage: str) -> SteeringVector:
     """Run the preference loop under Ray Train and return the trained vector.
 
     The same name and storage (a folder or URL that every node can write) continue an interrupted
@@ -65,7 +62,7 @@ def fit(settings: TrainLoopSettings, loop: Loop, *, name: str, storage: str) -> 
     config = settings.config
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"settings": settings, "loop": loop},
+        train_loop_config={"settings": settings},
         scaling_config=ScalingConfig(
             num_workers=config.workers
             if config.min_workers is None
@@ -126,7 +123,7 @@ def _worker(train_loop_config: Mapping[str, Any]) -> None:
             kept = train.Checkpoint.from_directory(folder) if rank == 0 else None
             train.report({"step": update.step, "loss": update.loss}, checkpoint=kept)
 
-    train_loop_config["loop"](
+    preference_loop(
         learner,
         link.batch,
         steps=range(first, settings.config.steps),

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import optuna
 
-from spo.artifact import write_atomic
+from spo.actors.pools import Pools
 from spo.config import RunConfig
-from spo.corpus.files import evaluation_inputs, open_judge, resolve_model, training_prompts
 from spo.errors import ConfigError, DataError, StageError
+from spo.files import write_atomic
 from spo.pipeline import prepare
 from spo.progress import Reporter
+from spo.resolve import evaluation_inputs, open_judge, resolve_model, training_prompts
 from spo.stage1.job import run_extract
-from spo.stage2.job import Pools
 from spo.sweep.heldout import compare_heldout
 from spo.sweep.outcome import Outcome, balanced, load_outcome, remember_base, write_table
 from spo.sweep.page import write_page
@@ -38,13 +38,7 @@ from spo.sweep.study import (
     requeue_interrupted,
 )
 from spo.sweep.tensorboard import log_trial
-from spo.sweep.trainable import (
-    SweepTrainable,
-    office_name,
-    retirer,
-    sessions,
-    trial_resources,
-)
+from spo.sweep.trainable import SweepTrainable, office_name, retirer, sessions, trial_resources
 from spo.sweep.trial import rung_steps, trial_slots
 from spo.sweep.validation import Validator, check_measurable, split_prompts
 

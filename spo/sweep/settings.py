@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from spo.config import RunConfig
 from spo.config.base import Positive, Slice
-from spo.config.run import assign_override, merge, read_run, read_yaml, split_override, validated
+from spo.config.load import assign_override, merge, read_run, read_yaml, split_override, validated
 from spo.errors import ConfigError, DataError
 
 Metric = Literal["toxicity", "utility", "kl", "nll", "degenerate"]

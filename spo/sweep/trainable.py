@@ -13,15 +13,15 @@ from typing import Any
 from ray import tune
 
 from spo.actors.engine_pool import EnginePool
+from spo.actors.pools import Pools
 from spo.actors.reward_pool import RewardPool
 from spo.config import RunConfig
-from spo.corpus.files import learner_model, resolve_model, training_prompts
 from spo.engines.base import Sampler
 from spo.engines.factory import open_learner_engine
 from spo.engines.forward import DifferentiableEngine
 from spo.errors import StageError
 from spo.progress import Silent
-from spo.stage2.job import Pools
+from spo.resolve import learner_model, resolve_model, training_prompts
 from spo.sweep.leased_sampler import LeasedSampler
 from spo.sweep.plan import BASE, TrialPlan
 from spo.sweep.slot_office import RemoteOffice

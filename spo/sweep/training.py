@@ -19,9 +19,9 @@ from spo.records import Batch
 from spo.stage2.coordinator import Coordinator, Settings
 from spo.stage2.coordinator_thread import BackgroundLoop
 from spo.stage2.history import Recorder
-from spo.stage2.job import train
 from spo.stage2.learner import Update, VectorLearner
 from spo.stage2.ledger import Ledger
+from spo.stage2.loop import train
 from spo.stage2.schedule import Schedule
 from spo.sweep.slot_office import trained_name
 from spo.sweep.validation import Scorer, Split

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from spo.artifact import SteeringArtifact, write_atomic
+from spo.artifact import SteeringArtifact
 from spo.config import RunConfig
 from spo.engines.base import Sampler
 from spo.engines.forward import DifferentiableEngine
+from spo.files import write_atomic
 from spo.progress import Silent
 from spo.records import SteeringSpec
 from spo.stage1.job import STAGE1, run_estimate

@@ -12,10 +12,10 @@ from PIL import Image
 from spo.actors.picture_tasks import AttackJob, pictures_of
 from spo.artifact import SteeringArtifact
 from spo.config import AttackConfig, DataConfig, LearnConfig, RunConfig
-from spo.corpus.files import ResolvedModel
 from spo.errors import ConfigError
 from spo.progress import Silent
 from spo.records import Operator, Positions, Prompt, PromptKind
+from spo.resolve import ResolvedModel
 from spo.stage2.attacked_prompts import with_attacked
 from spo.sweep.settings import load_sweep
 from spo.vector import SteeringVector

@@ -17,20 +17,14 @@ from spo.config import EvaluateConfig
 from spo.engines.base import GenerateRequest, LogprobRequest, receipt_for
 from spo.engines.fake import FakeEngine
 from spo.errors import ConfigError, DataError, EngineError, ScorerError, SteeringError
-from spo.evaluation import (
-    PromptSet,
-    compare,
-    evaluate,
-    format_table,
-    load_report,
-    save_report,
-)
+from spo.evaluation import compare, evaluate, format_table, load_report, save_report
 from spo.records import (
     EvaluationCell,
     EvaluationReport,
     FinishReason,
     Prompt,
     PromptKind,
+    PromptSet,
     Rollout,
     SteeringSpec,
 )

@@ -14,14 +14,21 @@ from spo.engines.base import GenerateRequest, LogprobRequest, receipt_for
 from spo.errors import DataError
 from spo.evaluation import (
     CellStore,
-    PromptSet,
     compare_defences,
     compare_reports,
     evaluate,
     format_comparison,
     shown_conditions,
 )
-from spo.records import EvaluationCell, EvaluationReport, FinishReason, Prompt, PromptKind, Rollout
+from spo.records import (
+    EvaluationCell,
+    EvaluationReport,
+    FinishReason,
+    Prompt,
+    PromptKind,
+    PromptSet,
+    Rollout,
+)
 from tests.unit.test_evaluation import SPEC, VECTOR, WordJudge
 
 

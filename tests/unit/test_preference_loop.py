@@ -19,9 +19,9 @@ from spo.errors import DataError, StageError
 from spo.records import Batch, Operator, Prompt, PromptFormat, PromptKind, Rollout
 from spo.stage2.coordinator import Coordinator, Settings
 from spo.stage2.history import Recorder
-from spo.stage2.job import train
 from spo.stage2.learner import Update, VectorLearner
 from spo.stage2.ledger import Ledger
+from spo.stage2.loop import train
 from spo.stage2.schedule import Schedule
 from spo.vector import SteeringVector
 

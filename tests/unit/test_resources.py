@@ -7,16 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from spo.config import (
-    DataConfig,
-    EvaluateConfig,
-    RewardConfig,
-    RunConfig,
-)
-from spo.corpus.files import alignment_arguments, evaluation_inputs, training_prompts
+from spo.config import DataConfig, EvaluateConfig, RewardConfig, RunConfig
 from spo.datasets.prompts import write_prompts
 from spo.errors import ConfigError, DataError
 from spo.records import Prompt, PromptFormat, PromptKind
+from spo.resolve import alignment_arguments, evaluation_inputs, training_prompts
 
 
 def prompt_file(folder: Path) -> Path:

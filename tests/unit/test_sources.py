@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spo.actors.source_pictures import PictureJob, make_pictures
+from spo.actors.picture_tasks import PictureJob, make_pictures
 from spo.attacks.attribution import attribute, surrogate
 from spo.config import (
     AdversarialSource,

@@ -13,21 +13,21 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spo.engines.base import Capture, CaptureRequest
 from spo.engines.batching import chunks, grouped
 from spo.engines.forward import TokenBatch, pooled_columns
+from spo.engines.hf.compiled import FusedBlocks
+from spo.engines.processing import PromptProcessor
 from spo.errors import EngineError
-
-if TYPE_CHECKING:
-    from spo.engines.hf.engine import HfEngine
+from spo.records import Prompt
 
 _AHEAD = 3
 """Batches prepared while the model works."""
@@ -40,6 +40,32 @@ class _EarlyExit(Exception):
     """Stops a forward pass once the highest wanted layer was read."""
 
 
+class HookedModel(Protocol):
+    """What reading needs of an engine (`HfEngine`)."""
+
+    prompts: PromptProcessor
+    device: torch.device
+    batch_size: int
+    compiled_capture: bool
+    blocks: nn.ModuleList
+    fused: FusedBlocks
+    turn: threading.Lock
+
+    def prepare(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[int]] | None = None,
+        *,
+        processor: PromptProcessor | None = None,
+    ) -> TokenBatch: ...
+
+    def reading(
+        self, hooks: dict[int, Callable[[Tensor, int], Tensor | None]]
+    ) -> AbstractContextManager[None]: ...
+
+    def answer_logits(self, batch: TokenBatch) -> Tensor: ...
+
+
 class PooledReader:
     """Reads for one engine; threads may call it at once: one prepares while another computes.
 
@@ -47,7 +73,7 @@ class PooledReader:
         engine: whose model is read.
     """
 
-    def __init__(self, engine: HfEngine) -> None:
+    def __init__(self, engine: HookedModel) -> None:
         self._engine = engine
         self._own = threading.local()
         self._threads = preparers(engine.device)
@@ -105,7 +131,7 @@ class PooledReader:
 
 
 def read_pooled(
-    engine: HfEngine,
+    engine: HookedModel,
     batch: TokenBatch,
     requests: Sequence[CaptureRequest],
     layers: tuple[int, ...],

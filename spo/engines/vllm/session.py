@@ -7,19 +7,50 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 from spo.engines.processing import PromptProcessor, check_same_tokens, load_image
 from spo.engines.vllm.plugin.wire import REQUEST_KEY, cache_salt
-from spo.engines.vllm.turns import Turns
 from spo.engines.vllm.vector_table import Binding, Seen, SteeringDesk
 from spo.errors import ArtifactError, DataError, EngineError, SteeringError
 from spo.records import Prompt, Sampling, SteeringReceipt, SteeringSpec
 
 _LOG = logging.getLogger(__name__)
+
+
+class Turns:
+    """Lock that serves in order of arrival.
+
+    A plain lock would let a generating thread take it again at once, step after step, and starve a
+    publish from another thread.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._next = 0
+        self._serving = 0
+
+    def __enter__(self) -> Turns:
+        with self._condition:
+            ticket = self._next
+            self._next += 1
+            self._condition.wait_for(lambda: self._serving == ticket)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._condition:
+            self._serving += 1
+            self._condition.notify_all()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

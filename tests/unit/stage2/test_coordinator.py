@@ -15,8 +15,8 @@ import pytest
 from spo.engines.fake import FakeEngine
 from spo.errors import DataError, EngineError, StageError
 from spo.records import Batch, GenerateRequest, Rollout
-from spo.stage2.job import train
 from spo.stage2.ledger import Fate, Ledger, committed_ids
+from spo.stage2.loop import train
 from spo.vector import SteeringVector
 from tests.unit.test_preference_loop import Sync, WordScorer, coordinator, learner, start_vector
 
