@@ -1,1 +1,1 @@
-"""The distributed stages: one file for each Ray library. They do not import each other."""
+"""Ray actors and tasks that the stages share: engines, reward models, attacked pictures."""

@@ -1,1 +1,1 @@
-"""What can be known before a job starts: does the head answer, do the nodes fit, is there room."""
+"""What a job has to know about the cluster: its head, its nodes, room on them, shared storage."""
