@@ -14,7 +14,13 @@ from spo.engines.fake import FakeEngine
 from spo.records import Rollout
 from spo.stage2.history import Recorder, open_sinks
 from spo.stage2.worker import TrainLoopSettings, _figures
-from tests.unit.test_preference_loop import STEERING, Sync, coordinator, learner, start_vector
+from tests.unit.stage2.test_preference_loop import (
+    STEERING,
+    Sync,
+    coordinator,
+    learner,
+    start_vector,
+)
 
 BOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "training.json"
 WITH_PICTURES_ONLY = {"spo_reward_parts_alignment"}

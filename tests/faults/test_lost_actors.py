@@ -28,7 +28,7 @@ from spo.stage2.coordinator_actor import CoordinatorActor, CoordinatorLink
 from spo.stage2.ledger import committed_ids
 from spo.vector import SteeringVector
 from tests.parity.conftest import make_vector
-from tests.unit.test_preference_loop import WordScorer, coordinator, start_vector
+from tests.unit.stage2.test_preference_loop import WordScorer, coordinator, start_vector
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray

@@ -18,7 +18,13 @@ from spo.records import Batch, GenerateRequest, Rollout
 from spo.stage2.ledger import Fate, Ledger, committed_ids
 from spo.stage2.loop import train
 from spo.vector import SteeringVector
-from tests.unit.test_preference_loop import Sync, WordScorer, coordinator, learner, start_vector
+from tests.unit.stage2.test_preference_loop import (
+    Sync,
+    WordScorer,
+    coordinator,
+    learner,
+    start_vector,
+)
 
 
 class SlowEngine(FakeEngine):

@@ -29,7 +29,7 @@ from spo.records import (
     PromptSet,
     Rollout,
 )
-from tests.unit.test_evaluation import SPEC, VECTOR, WordJudge
+from tests.unit.evaluation.test_evaluation import SPEC, VECTOR, WordJudge
 
 
 class Engine:

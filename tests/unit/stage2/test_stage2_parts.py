@@ -22,7 +22,7 @@ from spo.records import Batch
 from spo.scorers.crosscheck import ProfanityCheck
 from spo.stage2.history import Recorder, open_sinks
 from spo.stage2.learner import VectorLearner
-from tests.unit.test_preference_loop import STEERING, coordinator, start_vector
+from tests.unit.stage2.test_preference_loop import STEERING, coordinator, start_vector
 
 
 def test_calls_of_several_threads_are_joined_and_answered_apart() -> None:

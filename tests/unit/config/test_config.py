@@ -14,7 +14,7 @@ from spo.config.evaluation import DEFENCES, AttackConfig
 from spo.errors import ConfigError
 from spo.records import Operator
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # A sweep file is a search space over one of the run files and is read by `spo.sweep`.
 RUN_FILES = sorted(p for p in (ROOT / "tune_configs").glob("*.yaml") if "sweep" not in p.name)
 
