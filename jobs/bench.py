@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _engine(chosen: argparse.Namespace) -> None:
-    from spo.engines.vllm_plugin.bench import run
+    from spo.bench.engine import run
 
     try:
         result = run(
@@ -112,7 +112,7 @@ def _engine(chosen: argparse.Namespace) -> None:
 
 
 def _learner(chosen: argparse.Namespace) -> None:
-    from spo.learner_bench import run
+    from spo.bench.learner import run
 
     print(
         run(
@@ -129,26 +129,27 @@ def _learner(chosen: argparse.Namespace) -> None:
 
 
 def _objectives(chosen: argparse.Namespace) -> None:
-    from jobs import command
+    from spo.bench.objectives import compare
     from spo.config import load_config
-    from spo.objective_table import compare
     from spo.progress import ConsoleReporter
+    from spo.session import connect
 
     config = load_config(chosen.config, chosen.overrides)
-    with command.cluster(config):
+    with connect.cluster(config):
         path = compare(config, ConsoleReporter(), seeds=chosen.seeds)
     print(path.read_text())
 
 
 def _sweep(chosen: argparse.Namespace) -> None:
     from jobs import command
+    from spo.bench.sweep import compare_pools, table
     from spo.progress import ConsoleReporter
-    from spo.sweep.bench import compare_pools, table
+    from spo.session import connect
     from spo.sweep.settings import load_sweep
 
     with command.errors_for_people():
         sweep, base = load_sweep(chosen.config, chosen.overrides)
-        with command.cluster(base):
+        with connect.cluster(base):
             speeds = compare_pools(
                 sweep,
                 base,
@@ -160,7 +161,7 @@ def _sweep(chosen: argparse.Namespace) -> None:
 
 
 def _extract(chosen: argparse.Namespace) -> None:
-    from spo.stages.bench_extract import run
+    from spo.bench.extract import run
 
     result = run(chosen.preset, chosen.output, time_limit=chosen.time_limit, gpus=chosen.gpus)
     print(result.table())
@@ -168,12 +169,12 @@ def _extract(chosen: argparse.Namespace) -> None:
 
 
 def _serving(chosen: argparse.Namespace) -> None:
-    from spo.serving.bench import run
+    from spo.bench.serving import run
 
     model = None
     if chosen.preset == "testbed":
         from spo.config import RunConfig
-        from spo.resources import resolve_model
+        from spo.resolve import resolve_model
 
         config = RunConfig()
         model = Path(resolve_model(config.model, config.cache).path)

@@ -25,9 +25,10 @@ from pathlib import Path
 from jobs import command
 from spo.config import RunConfig, load_config
 from spo.errors import SpoError
-from spo.preflight.doctor import Finding, State, examine, good, problem, question_of, warning, worst
-from spo.preflight.nodes import Question
-from spo.preflight.placement import Room
+from spo.session import connect
+from spo.session.doctor import Finding, State, examine, good, problem, question_of, warning, worst
+from spo.session.nodes import Question
+from spo.session.placement import Room
 
 _NODES_S = 180.0  # importing vLLM for the first time on a cold volume takes minutes
 _HTTP_S = 5.0
@@ -35,8 +36,8 @@ _HTTP_S = 5.0
 
 def diagnose(config: RunConfig) -> list[Finding]:
     """Every finding; connects to the cluster of the job, the configured one, or a local one."""
-    from spo.preflight.nodes import marker_in
-    from spo.storage import check_writable
+    from spo.session.nodes import marker_in
+    from spo.session.storage import check_writable
 
     findings = _authentication()
     try:
@@ -52,11 +53,11 @@ def diagnose(config: RunConfig) -> list[Finding]:
 
 
 def _on_cluster(config: RunConfig, question: Question) -> list[Finding]:
-    from spo.preflight.nodes import ask_here, ask_nodes
+    from spo.session.nodes import ask_here, ask_nodes
 
     try:
         here = ask_here(question, "this process", 0.0)
-        command.connect(config)
+        connect.connect(config)
     except SpoError as error:
         return [problem("cluster", str(error), "see the message; nodes were not asked")]
     import ray
@@ -150,7 +151,7 @@ def _serve_port(port: int = 8000) -> list[Finding]:
 def _self_test(model: str) -> Finding:
     """The engine's own check, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "spo.engines.vllm_plugin.check", model], check=False, timeout=1800
+        [sys.executable, "-m", "spo.engines.vllm.self_test", model], check=False, timeout=1800
     )
     if done.returncode == 0:
         return good("self-test", f"{model} is steered, and equals the Hugging Face reference")

@@ -15,7 +15,7 @@ def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
     from spo.pipeline import prepare
     from spo.progress import ConsoleReporter
     from spo.report import write_report
-    from spo.stage1 import STAGE1, run_estimate, run_leave_one_out
+    from spo.stage1.job import STAGE1, run_estimate, run_leave_one_out
 
     prepare(config)
     reporter = ConsoleReporter()

@@ -16,17 +16,19 @@ from pathlib import Path
 
 from jobs import command
 from spo.config import RunConfig
+from spo.session import connect
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
-    from spo.pipeline import prepare, run_evaluate
+    from spo.actors.pools import Pools
+    from spo.evaluation.job import run_evaluate
+    from spo.pipeline import prepare
     from spo.progress import ConsoleReporter
-    from spo.refine import Pools
     from spo.report import write_report
 
     prepare(config)
     reporter = ConsoleReporter()
-    with command.cluster(config, ("evaluate",)), Pools(config, reporter, scoring=False) as pools:
+    with connect.cluster(config, ("evaluate",)), Pools(config, reporter, scoring=False) as pools:
         run_evaluate(config, reporter, pools)
     print(f"report: {write_report(config.run_dir)}")
 
@@ -56,7 +58,7 @@ def _file(run: str) -> Path:
 
 def _agreement(arguments: argparse.Namespace, config: RunConfig) -> None:
     from spo.evaluation.agreement import agreement, judge_agreement, read_labelled
-    from spo.resources import open_success_judges
+    from spo.resolve import open_success_judges
 
     rows, others = read_labelled(Path(arguments.labels))
     labels = [label for _, _, label in rows]
@@ -72,7 +74,7 @@ def _agreement(arguments: argparse.Namespace, config: RunConfig) -> None:
 
 
 def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:
-    from spo.benchmarks import look_for
+    from spo.datasets.catalogue import look_for
 
     for found in look_for(Path(arguments.folder), config.cache):
         mark = "present" if found.usable else "missing"

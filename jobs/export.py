@@ -13,8 +13,8 @@ from spo.config import RunConfig
 
 
 def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
-    from spo.artifact import export_gguf
-    from spo.release import release
+    from spo.evaluation.release import release
+    from spo.gguf import export_gguf
 
     artifact = release(
         config.run_dir, arguments.vector, arguments.out, unevaluated=arguments.unevaluated

@@ -9,15 +9,16 @@ import argparse
 
 from jobs import command
 from spo.config import RunConfig
+from spo.session import connect
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
     from spo.pipeline import prepare
     from spo.progress import ConsoleReporter
-    from spo.stage1 import run_extract
+    from spo.stage1.job import run_extract
 
     prepare(config)
-    with command.cluster(config, ("extract",)):
+    with connect.cluster(config, ("extract",)):
         folder = run_extract(config, ConsoleReporter())
     print(f"activations: {folder}")
 

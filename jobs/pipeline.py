@@ -9,13 +9,14 @@ import argparse
 
 from jobs import command
 from spo.config import RunConfig
+from spo.session import connect
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
     from spo.pipeline import run
     from spo.progress import ConsoleReporter
 
-    with command.cluster(config, ("extract", "train", "evaluate")):
+    with connect.cluster(config, ("extract", "train", "evaluate")):
         path = run(config, ConsoleReporter())
     print(f"report: {path}")
 

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 from jobs import command
 from spo.config import RunConfig, load_config
 from spo.errors import ConfigError
+from spo.session import connect
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
+    from spo.serving.deployment import ServeSettings
     from spo.serving.keys import Key
-    from spo.stages.serve import ServeSettings
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -37,7 +38,7 @@ def build(args: Mapping[str, Any]) -> Application:
         args: `config` (a YAML file), `overrides` (a list of key.sub=value) and `artifacts`
             (vector names and their folders).
     """
-    from spo.stages.serve import application
+    from spo.serving.deployment import application
 
     unknown = set(args) - {"config", "overrides", "artifacts"}
     if unknown:
@@ -54,9 +55,9 @@ def settings_of(
     """What the replicas need, with bad artifacts and missing keys found out first."""
     from spo.artifact import SteeringArtifact
     from spo.engines.identity import folder_revision, model_identity
-    from spo.resources import resolve_model
+    from spo.resolve import resolve_model
+    from spo.serving.deployment import ServeSettings
     from spo.serving.keys import KeyRing
-    from spo.stages.serve import ServeSettings
 
     limits = config.serve
     KeyRing(keys, limits.keys_file, open_to_all=limits.auth == "none")
@@ -115,8 +116,8 @@ def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
         return
     from ray import serve
 
+    from spo.serving.deployment import APP, application, http_options
     from spo.serving.keys import Scope, new_key
-    from spo.stages.serve import APP, application, http_options
 
     limits = config.serve
     secret, keys = "", []
@@ -129,7 +130,7 @@ def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # Ray's workers run at niceness 15, as befits batch jobs; people wait for these answers.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    with command.cluster(config):
+    with connect.cluster(config):
         # Not before: connecting to Ray puts a handler of its own in their place, which aborts.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())

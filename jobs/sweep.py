@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import command
+from spo.session import connect
 
 if TYPE_CHECKING:
     from spo.config import RunConfig
-    from spo.sweep.boards import Board
+    from spo.sweep.dashboards import Board
     from spo.sweep.settings import SweepConfig
 
 VERBS = ("run", "best", "dashboard", "report")
@@ -71,7 +72,7 @@ def _load(chosen: argparse.Namespace) -> tuple[SweepConfig, RunConfig]:
 
 def _run(chosen: argparse.Namespace, sweep: SweepConfig, base: RunConfig) -> None:
     from spo.progress import ConsoleReporter
-    from spo.sweep.boards import dashboards, links
+    from spo.sweep.dashboards import dashboards, links
     from spo.sweep.plan import SweepFolder
     from spo.sweep.run import check, run_sweep, started
 
@@ -81,12 +82,12 @@ def _run(chosen: argparse.Namespace, sweep: SweepConfig, base: RunConfig) -> Non
         return
     reporter = ConsoleReporter()
     check(sweep, base)  # before Ray starts, which takes ten seconds
-    with command.cluster(base):
+    with connect.cluster(base):
         if not chosen.dashboard:
             print(f"report: {run_sweep(sweep, base, reporter, resume=chosen.resume)}")
             return
         with dashboards(folder) as boards:
-            print(links(boards, folder, command.ray_dashboard()), flush=True)
+            print(links(boards, folder, connect.ray_dashboard()), flush=True)
             print(f"report: {run_sweep(sweep, base, reporter, resume=chosen.resume)}")
             _serve(boards)
 
@@ -113,7 +114,7 @@ def _best(chosen: argparse.Namespace, sweep: SweepConfig, base: RunConfig) -> No
 
 
 def _dashboard(chosen: argparse.Namespace, sweep: SweepConfig, base: RunConfig) -> None:
-    from spo.sweep.boards import dashboards, links
+    from spo.sweep.dashboards import dashboards, links
     from spo.sweep.plan import SweepFolder
 
     folder = SweepFolder(path=base.run_dir)

@@ -1,27 +1,21 @@
 """`SteeringArtifact`: a vector with how to use it and where it came from, as a folder.
 
 `vector.safetensors` holds the tensors and `manifest.json` the rest. Loading refuses a wrong hash
-and a model other than the one the vector was made for. llama.cpp control vectors (GGUF) can be
-read and written; no format here runs code when it is loaded.
+and a model other than the one the vector was made for; no code runs when one is loaded. llama.cpp's
+format is in `spo.gguf`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
-import torch
-from torch import Tensor
-
 from spo.errors import ArtifactError
+from spo.files import unwritable, write_atomic
 from spo.records import Operator, Positions, SteeringSpec
 from spo.vector import SITE, SteeringVector
 
@@ -66,7 +60,7 @@ class SteeringArtifact:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unwritable(folder, error) from error
+            raise unwritable(folder, error) from error
         manifest = {
             "format": FORMAT,
             "sha256": self.vector.sha256,
@@ -151,92 +145,3 @@ def _check_model(vector: SteeringVector, model_id: str | None, model_revision: s
             f"the artifact was made on revision {vector.model_revision!r} of {vector.model_id!r}, "
             f"this is {model_revision!r}; load that revision or make the vector again"
         )
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that readers see either the old content or the whole new one."""
-    # Not tempfile: its files are for their owner only, and a server may run under another account.
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> ArtifactError:
-    return ArtifactError(f"cannot write {path}: {error}; free space or choose another folder")
-
-
-def export_gguf(vector: SteeringVector, path: Path, *, model_hint: str) -> Path:
-    """Write a llama.cpp control vector.
-
-    llama.cpp *adds* `direction.N` to the output of zero-based block N and has no tensor for block
-    0, so directions are negated (a positive `--control-vector-scaled` then removes harm, as here).
-
-    Args:
-        vector: vector to write; only its directions have a place in the format.
-        path: file to write.
-        model_hint: architecture as llama.cpp names it, e.g. "llama".
-    """
-    if vector.layers[0] == 0:
-        raise ArtifactError(
-            "llama.cpp control vectors start at block 1 and the vector steers block 0; "
-            "leave it out with select()"
-        )
-    writer = gguf.GGUFWriter(path, "controlvector")
-    writer.add_string("controlvector.model_hint", model_hint)
-    writer.add_uint32("controlvector.layer_count", len(vector.layers))
-    for layer, direction in zip(vector.layers, vector.directions, strict=True):
-        writer.add_tensor(f"direction.{layer}", (-direction).numpy())
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    return path
-
-
-def import_gguf(
-    path: Path, *, mean_norms: Mapping[int, float], model_id: str, model_revision: str = ""
-) -> SteeringVector:
-    """Read a llama.cpp control vector; inverse of `export_gguf`.
-
-    Args:
-        path: GGUF file with `direction.N` tensors.
-        mean_norms: mean hidden norm of each block, which the format does not hold.
-        model_id: model that it steers.
-        model_revision: its revision.
-    """
-    try:
-        tensors = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
-    except (ValueError, OSError, IndexError) as error:
-        raise ArtifactError(f"{path}: expected a GGUF control vector, got {error}") from error
-    directions: dict[int, Tensor] = {}
-    for name, data in tensors.items():
-        prefix, _, number = name.partition(".")
-        if prefix != "direction" or not number.isdigit():
-            raise ArtifactError(f"{path}: expected tensors named direction.N, got {name!r}")
-        directions[int(number)] = -torch.from_numpy(data.astype(np.float32))
-    missing = sorted(set(directions) - set(mean_norms))
-    if not directions or missing:
-        raise ArtifactError(
-            f"{path}: need direction tensors and the mean hidden norm of each of their blocks; "
-            f"got {len(directions)} tensors, no norm for blocks {missing}"
-        )
-    layers = tuple(sorted(directions))
-    stacked = torch.stack([directions[layer] for layer in layers])
-    return SteeringVector(
-        layers=layers,
-        directions=stacked,
-        mean_norms=torch.tensor([float(mean_norms[layer]) for layer in layers]),
-        calibration=torch.zeros_like(stacked),
-        model_id=model_id,
-        model_revision=model_revision,
-    )

@@ -291,3 +291,31 @@ class EvaluationReport:
     judge: str
     """Description of the judge; never the reward model."""
     quarantined: tuple[QuarantinedRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """One condition: prompts (with the attacked picture already in place) and how to sample."""
+
+    condition: str
+    """Unique name, e.g. "plain", "image", "pgd", "caption", "question"."""
+    prompts: tuple[Prompt, ...]
+    samples: int = 1
+    """Answers per prompt; 1 where `temperature` is 0."""
+    max_tokens: int = 24
+    temperature: float = 1.0
+    """0 is greedy."""
+    alignment: bool = True
+    """Whether answers to benign prompts with a picture are scored against it; False where they do
+    not describe it."""
+    by_defence: Mapping[str, tuple[Prompt, ...]] = field(default_factory=dict)
+    """The same prompts as a defence gets them, where that differs: an adaptive attack's picture, a
+    reminder before the request."""
+    only: str | None = None
+    """The one defence that is asked; None asks all."""
+    references: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """By prompt id, tokens of a harmless text that follows the prompt: perplexity."""
+
+    def prompts_for(self, defence: str) -> tuple[Prompt, ...]:
+        """The prompts that this defence answers."""
+        return self.by_defence.get(defence, self.prompts)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from spo.algorithms.metrics import bootstrap_interval, paired_interval
 from spo.config import RunConfig
 from spo.evaluation import save_report
-from spo.evaluation.report import values_of
+from spo.evaluation.results import values_of
 from spo.records import EvaluatedAnswer, EvaluationCell, EvaluationReport, QuarantinedRow
 
 ODD_TEXT = (

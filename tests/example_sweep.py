@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from spo.artifact import SteeringArtifact
-from spo.config import RunConfig, validated
+from spo.config import RunConfig
+from spo.config.load import validated
 from spo.engines.fake import FakeEngine
 from spo.records import Operator, Positions, Prompt, PromptFormat, PromptKind, Rollout
 from spo.sweep.outcome import Outcome, load_outcome, remember_base, write_table

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from spo.artifact import SteeringArtifact
-from spo.prompts import write_prompts
+from spo.datasets.prompts import write_prompts
 from spo.records import Operator, Positions, Prompt, PromptFormat, PromptKind
 from spo.vector import SteeringVector
 

@@ -9,16 +9,16 @@ import torch
 from fastapi import FastAPI
 
 from spo.artifact import SteeringArtifact
-from spo.config_serve import ServeConfig
+from spo.config.serving import ServeConfig
 from spo.engines.chat import ChatAnswer, ChatDelta, ChatRequest, PlainChatEngine
 from spo.engines.fake import FakeEngine
 from spo.records import Operator, Positions
+from spo.serving.access_log import LogMeter
 from spo.serving.app import build_app
-from spo.serving.host import EngineHost
+from spo.serving.engine_host import EngineHost
 from spo.serving.keys import Key, KeyRing, Scope, hash_secret
 from spo.serving.registry import Snapshot, VectorRegistry
 from spo.serving.service import Service
-from spo.serving.watch import LogMeter
 from spo.vector import SteeringVector
 
 ALL, USE, NOBODY = "spo-test-all", "spo-test-use", "spo-test-nobody"

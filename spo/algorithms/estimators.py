@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spo.config import EstimateConfig
+from spo.draws import share_of
 from spo.errors import DataError
-from spo.shares import share_of
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spo.attacks.pixels import PixelSpace
 from spo.config import AttributionSource
-from spo.engines.hf import HfEngine
+from spo.engines.hf.engine import HfEngine
 from spo.errors import DataError
 from spo.records import Prompt
 

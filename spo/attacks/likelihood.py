@@ -13,8 +13,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from spo.engines.hf import HfEngine
-from spo.engines.plan import SteeringPlan, pad_answers, token_logprobs
+from spo.engines.forward import SteeringPlan, pad_answers, token_logprobs
+from spo.engines.hf.engine import HfEngine
 from spo.records import Prompt
 
 Tokens = tuple[int, ...]

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from spo.attacks.likelihood import Tokens, target_nll, target_nlls
 from spo.attacks.pixels import PixelSpace
-from spo.config_evaluate import AttackConfig
-from spo.engines.hf import HfEngine
-from spo.engines.plan import SteeringPlan
+from spo.config.evaluation import AttackConfig
+from spo.engines.forward import SteeringPlan
+from spo.engines.hf.engine import HfEngine
 from spo.errors import DataError, EngineError
 from spo.records import Prompt
 

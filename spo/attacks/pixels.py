@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spo.engines.hf import HfEngine
+from spo.engines.hf.engine import HfEngine
 from spo.errors import EngineError
 
 # Saved and encoded again, the picture must give the attacked pixels far within one grey level.

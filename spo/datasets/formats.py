@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from spo.config_datasets import VARIANTS, DatasetConfig
+from spo.config.datasets import VARIANTS, DatasetConfig
 from spo.datasets.rows import Row
 from spo.records import PromptFormat, PromptKind
 

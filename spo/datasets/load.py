@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from spo.config_datasets import DatasetConfig
+from spo.config.datasets import DatasetConfig
 from spo.datasets.formats import READERS, Found
+from spo.datasets.prompts import read_prompts
 from spo.datasets.rows import Row, hub_rows, read_rows
 from spo.errors import DataError
-from spo.prompts import read_prompts
 from spo.records import Prompt, PromptKind, Split
 
 _PICTURE_FOLDERS = (".", "images", "imgs", "images/SafeBench", "multimodal_behavior_images")

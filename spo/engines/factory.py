@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from spo.config import EngineConfig, LearnConfig
 from spo.engines.base import Engine
+from spo.engines.forward import DifferentiableEngine
 from spo.engines.identity import is_shape
-from spo.engines.plan import DifferentiableEngine
 
 
 def open_engine(model: str, revision: str | None, config: EngineConfig, *, seed: int = 0) -> Engine:
@@ -22,14 +22,14 @@ def open_engine(model: str, revision: str | None, config: EngineConfig, *, seed:
 
         return FakeEngine()
     if config.backend == "hf":
-        from spo.engines.hf import HfEngine
+        from spo.engines.hf.engine import HfEngine
 
         dtype = "float32" if config.dtype == "auto" else config.dtype
         device = "cuda" if config.num_gpus else "cpu"
         return HfEngine(
             model, revision=revision, dtype=dtype, device=device, batch_size=config.max_num_seqs
         )
-    from spo.engines.vllm import VllmEngine
+    from spo.engines.vllm.engine import VllmEngine
 
     return VllmEngine(
         model,
@@ -60,7 +60,7 @@ def open_learner_engine(
         from spo.engines.fake import FakeEngine
 
         return FakeEngine()
-    from spo.engines.hf import HfEngine
+    from spo.engines.hf.engine import HfEngine
 
     return HfEngine(
         model,

@@ -23,7 +23,7 @@ from spo.engines.base import (
     VectorTable,
     receipt_for,
 )
-from spo.engines.plan import (
+from spo.engines.forward import (
     AnswerScores,
     SteeringPlan,
     TokenBatch,

@@ -1,8 +1,8 @@
 """Evaluation: every prompt set under every defence, measured alike, with paired intervals."""
 
-from spo.evaluation.cells import CellStore
-from spo.evaluation.measures import Check, ImageTextScorer, Judge, PromptSet, SuccessJudge
-from spo.evaluation.report import (
+from spo.evaluation.cell_store import CellStore
+from spo.evaluation.evaluate import evaluate
+from spo.evaluation.results import (
     compare,
     compare_defences,
     compare_reports,
@@ -12,15 +12,9 @@ from spo.evaluation.report import (
     save_report,
     shown_conditions,
 )
-from spo.evaluation.run import evaluate
 
 __all__ = [
     "CellStore",
-    "Check",
-    "ImageTextScorer",
-    "Judge",
-    "PromptSet",
-    "SuccessJudge",
     "compare",
     "compare_defences",
     "compare_reports",

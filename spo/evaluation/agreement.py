@@ -9,8 +9,8 @@ from pathlib import Path
 
 from spo.algorithms.metrics import rate_interval
 from spo.errors import DataError
-from spo.evaluation.measures import SuccessJudge
 from spo.records import Interval, Prompt, PromptKind
+from spo.scorers.base import SuccessJudge
 
 _COLUMNS = ("goal", "target_response", "human_majority")
 

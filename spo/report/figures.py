@@ -27,7 +27,7 @@ from spo.report.metrics import (
     defence_name,
     defences_of,
 )
-from spo.report.sources import Curve, RunRecord
+from spo.report.run_record import Curve, RunRecord
 from spo.report.text import plot_label
 
 _WIDTH_INCHES, _DPI = 5.3, 180

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spo.errors import DataError
-from spo.evaluation.report import compare
+from spo.evaluation.results import compare
 from spo.records import EvaluationCell, EvaluationReport, Interval
 from spo.report.metrics import (
     BASELINE,

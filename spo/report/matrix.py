@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from spo.evaluation.report import CURVE
+from spo.evaluation.results import CURVE
 from spo.records import EvaluationReport, Interval
 from spo.report.figures import (
     MARKERS,
@@ -25,7 +25,7 @@ from spo.report.figures import (
     toxic_conditions,
 )
 from spo.report.metrics import condition_name, defence_name, defences_of, metric_named
-from spo.report.sources import RunRecord
+from spo.report.run_record import RunRecord
 from spo.report.text import plot_label
 
 

@@ -18,8 +18,8 @@ from spo.report.answers import CHOICE, VEIL_FROM, attack_pictures, card_groups, 
 from spo.report.figures import Plot, draw_plots
 from spo.report.headline import findings, machine_readable, tables, tiles
 from spo.report.matrix import MATRIX_PLOTS
-from spo.report.sources import QuarantineEntry, RunRecord, Separability, Step, read_run
-from spo.report.stage1 import (
+from spo.report.run_record import QuarantineEntry, RunRecord, Separability, Step, read_run
+from spo.report.stage1_section import (
     DESCRIPTION,
     TITLE,
     draw_projections,

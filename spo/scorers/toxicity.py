@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load raises for a file that is not plain
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,7 @@ from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import HashingVectorizer
 
 from spo.errors import ScorerError
+from spo.scorers.base import Judge
 
 EMBEDDED_JUDGE = "embedded"
 _HUB_MODELS = (
@@ -33,17 +33,6 @@ _HUB_MODELS = (
 _WORD_BUCKETS = 2**17
 _LETTER_BUCKETS = 2**17
 _JUDGE_TOKENS = 512
-
-
-class Judge(Protocol):
-    """Anything that says how toxic texts are."""
-
-    name: str
-    """What reports call the judge."""
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """Toxicity of each text, 0 to 1, in order."""
-        ...
 
 
 class ToxicityScorer:

@@ -1,4 +1,4 @@
-"""The endpoint without Ray: keys, limits, pictures, vectors, the OpenAI schema, the application.
+"""The endpoint: keys, limits, pictures, vectors, the OpenAI schema, the application.
 
-`spo.stages.serve` puts it on Ray Serve.
+`deployment`, `backend` and `metrics` put it on Ray Serve; nothing else here knows Ray.
 """

@@ -1,6 +1,6 @@
 """The HTTP application: OpenAI's routes, the vectors' routes, the playground, health.
 
-`build_app` needs no Ray: tests run it in process, `spo.stages.serve` in a Serve replica.
+`build_app` needs no Ray: tests run it in process, `spo.serving.deployment` in a Serve replica.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from starlette.exceptions import HTTPException
 
 from spo.errors import ArtifactError, ConfigError, SpoError, SteeringError
 from spo.serving import keys
-from spo.serving.callers import Caller, Manager
+from spo.serving.access_log import Meter
 from spo.serving.chat_route import ERRORS, as_problem, chat_route
-from spo.serving.limits import BodyLimit, SecurityHeaders
+from spo.serving.keys import Caller, Manager
+from spo.serving.middleware import BodyLimit, SecurityHeaders
 from spo.serving.problems import Problem
 from spo.serving.schema import LoadRequest, RollbackRequest, vectors_json
 from spo.serving.service import Service
-from spo.serving.watch import Meter
 
 _PAGE = Path(__file__).with_name("playground.html")
 

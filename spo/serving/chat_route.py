@@ -16,8 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from spo.engines.chat import ChatAnswer, ChatDelta
 from spo.errors import DataError, SpoError, SteeringError
-from spo.serving.callers import Caller
-from spo.serving.keys import Key
+from spo.serving.access_log import Meter, Outcome, log_outcome
+from spo.serving.keys import Caller, Key
 from spo.serving.problems import Problem
 from spo.serving.schema import (
     ChatCompletionRequest,
@@ -29,7 +29,6 @@ from spo.serving.schema import (
     usage,
 )
 from spo.serving.service import Admission, Asked, Service, within
-from spo.serving.watch import Meter, Outcome, log_outcome
 
 _LOG = logging.getLogger(__name__)
 

@@ -17,9 +17,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from spo.errors import ConfigError
+from spo.serving.problems import Problem
 
 _PREFIX = "spo-"
 _REREAD_S = 1.0
@@ -164,3 +168,31 @@ class KeyRing:
         stamp = (status.st_mtime_ns, status.st_ino)
         if stamp != self._stamp:
             self._read, self._stamp = read_keys(self._path), stamp
+
+
+_bearer = HTTPBearer(auto_error=False, description="An API key of this server")
+
+
+async def caller(
+    request: Request,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> Key:
+    """The key of the request; the application keeps its ring in `app.state.ring`."""
+    header = f"{credentials.scheme} {credentials.credentials}" if credentials else ""
+    key: Key | None = request.app.state.ring.find(header)
+    if key is None:
+        raise Problem(
+            401, "invalid_api_key", "expected `Authorization: Bearer KEY`, a key of this server"
+        )
+    return key
+
+
+async def manager(key: Annotated[Key, Depends(caller)]) -> Key:
+    """A key that may change vectors."""
+    if Scope.MANAGE not in key.scopes:
+        raise Problem(403, "not_allowed", "this key has no scope 'manage'")
+    return key
+
+
+Caller = Annotated[Key, Depends(caller)]
+Manager = Annotated[Key, Depends(manager)]

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from spo.artifact import SteeringArtifact, write_atomic
+from spo.artifact import SteeringArtifact
+from spo.draws import share_of
 from spo.errors import ArtifactError, SteeringError
+from spo.files import write_atomic
 from spo.records import Operator, Positions, SteeringSpec
-from spo.shares import share_of
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _STATE = "registry.json"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from spo.config_serve import ServeConfig
+from spo.config.serving import ServeConfig
 from spo.engines.chat import ChatAnswer, ChatDelta, ChatRequest, Picture, Turn
 from spo.errors import SteeringError
 from spo.records import Sampling

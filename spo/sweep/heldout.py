@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from spo.artifact import SteeringArtifact, write_atomic
+from spo.actors.pools import Pools
+from spo.artifact import SteeringArtifact
 from spo.evaluation import evaluate, format_table, save_report
-from spo.pipeline import HEADLINE_METRICS
+from spo.evaluation.job import HEADLINE_METRICS
+from spo.files import write_atomic
 from spo.progress import Reporter
 from spo.records import SteeringSpec
-from spo.refine import Pools
-from spo.resources import alignment_arguments, evaluation_inputs, open_judge
+from spo.resolve import alignment_arguments, evaluation_inputs, open_judge
 from spo.sweep.outcome import Outcome, balanced
 
 FOUND, BASE_DEFENCE = "found", "base"

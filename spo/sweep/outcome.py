@@ -12,10 +12,11 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from spo.artifact import SteeringArtifact, write_atomic
+from spo.artifact import SteeringArtifact
 from spo.config import RunConfig
 from spo.errors import ArtifactError, ConfigError, DataError
 from spo.evaluation import load_report
+from spo.files import write_atomic
 from spo.records import EvaluationReport
 from spo.sweep.plan import SweepFolder, TrialResult, read_result
 from spo.sweep.rungs import dominates

@@ -12,9 +12,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from spo.artifact import write_atomic
 from spo.errors import DataError
 from spo.evaluation import compare
+from spo.files import write_atomic
 from spo.records import EvaluationReport, Interval
 from spo.report.answers import data_address, open_picture, png_address
 from spo.report.text import visible

@@ -13,21 +13,21 @@ from pathlib import Path
 
 import optuna
 
-from spo.artifact import write_atomic
+from spo.actors.pools import Pools
 from spo.config import RunConfig
 from spo.errors import ConfigError, DataError, StageError
+from spo.files import write_atomic
 from spo.pipeline import prepare
 from spo.progress import Reporter
-from spo.refine import Pools
-from spo.resources import evaluation_inputs, open_judge, resolve_model, training_prompts
-from spo.stage1 import run_extract
+from spo.resolve import evaluation_inputs, open_judge, resolve_model, training_prompts
+from spo.stage1.job import run_extract
 from spo.sweep.heldout import compare_heldout
 from spo.sweep.outcome import Outcome, balanced, load_outcome, remember_base, write_table
 from spo.sweep.page import write_page
 from spo.sweep.plan import BASE, SweepFolder, TrialPlan, TrialResult
 from spo.sweep.rungs import Rungs, RungScheduler
 from spo.sweep.settings import SweepConfig
-from spo.sweep.slots import OfficeActor
+from spo.sweep.slot_office import OfficeActor
 from spo.sweep.space import Space
 from spo.sweep.study import (
     SweepSearch,
@@ -38,13 +38,7 @@ from spo.sweep.study import (
     requeue_interrupted,
 )
 from spo.sweep.tensorboard import log_trial
-from spo.sweep.trainable import (
-    SweepTrainable,
-    office_name,
-    retirer,
-    sessions,
-    trial_resources,
-)
+from spo.sweep.trainable import SweepTrainable, office_name, retirer, sessions, trial_resources
 from spo.sweep.trial import rung_steps, trial_slots
 from spo.sweep.validation import Validator, check_measurable, split_prompts
 
@@ -287,8 +281,8 @@ def search(plan: TrialPlan, study: optuna.Study, reporter: Reporter) -> None:
 
 def _measure_unsteered(plan: TrialPlan) -> None:
     """The unsteered model's figures and answers, once for all trials."""
-    from spo.stages.rollout import EnginePool
-    from spo.stages.score import RewardPool
+    from spo.actors.engine_pool import EnginePool
+    from spo.actors.reward_pool import RewardPool
 
     base = plan.base
     prompts, _ = training_prompts(base.data, base.cache, base.seed)

@@ -15,8 +15,8 @@ from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from spo.artifact import write_atomic
 from spo.errors import DataError
+from spo.files import write_atomic
 from spo.sweep.settings import BEST_IS, Metric
 
 Point = Mapping[str, float]

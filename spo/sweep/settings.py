@@ -13,16 +13,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from spo.config import (
-    RunConfig,
-    assign_override,
-    merge,
-    read_run,
-    read_yaml,
-    split_override,
-    validated,
-)
-from spo.config_base import Positive, Slice
+from spo.config import RunConfig
+from spo.config.base import Positive, Slice
+from spo.config.load import assign_override, merge, read_run, read_yaml, split_override, validated
 from spo.errors import ConfigError, DataError
 
 Metric = Literal["toxicity", "utility", "kl", "nll", "degenerate"]

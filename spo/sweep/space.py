@@ -13,7 +13,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from spo.config import RunConfig, validated
+from spo.config import RunConfig
+from spo.config.load import validated
 from spo.errors import ConfigError
 from spo.sweep.settings import Parameter, Scalar, parse_layers
 

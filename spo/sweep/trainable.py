@@ -12,19 +12,19 @@ from typing import Any
 
 from ray import tune
 
+from spo.actors.engine_pool import EnginePool
+from spo.actors.pools import Pools
+from spo.actors.reward_pool import RewardPool
 from spo.config import RunConfig
 from spo.engines.base import Sampler
 from spo.engines.factory import open_learner_engine
-from spo.engines.plan import DifferentiableEngine
+from spo.engines.forward import DifferentiableEngine
 from spo.errors import StageError
 from spo.progress import Silent
-from spo.refine import Pools
-from spo.resources import learner_model, resolve_model, training_prompts
-from spo.stages.rollout import EnginePool
-from spo.stages.score import RewardPool
-from spo.sweep.lease import LeasedSampler
+from spo.resolve import learner_model, resolve_model, training_prompts
+from spo.sweep.leased_sampler import LeasedSampler
 from spo.sweep.plan import BASE, TrialPlan
-from spo.sweep.slots import RemoteOffice
+from spo.sweep.slot_office import RemoteOffice
 from spo.sweep.trial import Trial
 from spo.sweep.validation import Scorer, split_prompts
 

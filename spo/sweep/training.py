@@ -13,17 +13,17 @@ from typing import Any
 from spo.algorithms.objectives import is_informative
 from spo.config import RunConfig
 from spo.engines.base import Sampler
-from spo.engines.plan import DifferentiableEngine
+from spo.engines.forward import DifferentiableEngine
 from spo.errors import DataError
 from spo.records import Batch
-from spo.refine import train
-from spo.stages.background import BackgroundLoop
-from spo.stages.coordinator import Coordinator, Settings
-from spo.stages.learner import Update, VectorLearner
-from spo.stages.ledger import Ledger
-from spo.stages.observe import Recorder
-from spo.stages.schedule import Schedule
-from spo.sweep.slots import trained_name
+from spo.stage2.coordinator import Coordinator, Settings
+from spo.stage2.coordinator_thread import BackgroundLoop
+from spo.stage2.history import Recorder
+from spo.stage2.learner import Update, VectorLearner
+from spo.stage2.ledger import Ledger
+from spo.stage2.loop import train
+from spo.stage2.schedule import Schedule
+from spo.sweep.slot_office import trained_name
 from spo.sweep.validation import Scorer, Split
 from spo.vector import SteeringVector
 

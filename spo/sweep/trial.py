@@ -11,16 +11,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from spo.artifact import SteeringArtifact, write_atomic
+from spo.artifact import SteeringArtifact
 from spo.config import RunConfig
 from spo.engines.base import Sampler
-from spo.engines.plan import DifferentiableEngine
+from spo.engines.forward import DifferentiableEngine
+from spo.files import write_atomic
 from spo.progress import Silent
 from spo.records import SteeringSpec
-from spo.stage1 import STAGE1, run_estimate
+from spo.stage1.job import STAGE1, run_estimate
 from spo.sweep.plan import TrialPlan, TrialResult, read_result, stage1_digest
 from spo.sweep.settings import Scalar
-from spo.sweep.slots import slots_of, trained_name
+from spo.sweep.slot_office import slots_of, trained_name
 from spo.sweep.training import TrialTraining, read_history
 from spo.sweep.validation import Measured, Scorer, Split, Validator
 from spo.vector import SteeringVector

@@ -27,9 +27,9 @@ from typing import Protocol
 from spo.algorithms.estimators import is_held_out
 from spo.algorithms.metrics import bootstrap_interval
 from spo.algorithms.rewards import degeneration, is_refusal
-from spo.artifact import write_atomic
 from spo.engines.base import LogprobRequest, Sampler
 from spo.errors import ConfigError, DataError, ScorerError, SteeringError
+from spo.files import write_atomic
 from spo.records import (
     GenerateRequest,
     Interval,

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from spo.attacks import drawing
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side, Split
-from spo.testbed import drawing, requests, scenes, text
+from spo.testbed import requests, scenes, text
 from spo.testbed.requests import RequestSplit
 
 CAPTION = "caption"

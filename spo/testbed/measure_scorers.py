@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from spo.errors import DataError
 from spo.scorers.alignment import AlignmentScorer
+from spo.scorers.base import TOXIC_FROM
 from spo.scorers.toxicity import EMBEDDED_JUDGE, ToxicityScorer, as_array, load_judge
 from spo.testbed import text
 from spo.testbed.alignment import assemble_alignment
@@ -27,7 +28,6 @@ from spo.testbed.descriptions import (
 from spo.testbed.scenes import Scene, caption, draw, evaluation_generator, sample_scene
 from spo.testbed.toxicity import assemble_toxicity
 
-_TOXIC_FROM = 0.5
 _OWN_TEXTS = 200
 
 
@@ -116,7 +116,7 @@ def read_rtp(folder: Path) -> dict[str, tuple[list[str], list[float]]]:
 def _measure_rtp(reward: ToxicityScorer, judge: object, folder: Path) -> dict[str, float]:
     figures: dict[str, float] = {}
     for part, (texts, perspective) in read_rtp(folder).items():
-        labels = [score >= _TOXIC_FROM for score in perspective]
+        labels = [score >= TOXIC_FROM for score in perspective]
         by_reward = as_array(reward.score(texts))
         by_judge = np.asarray(judge(texts))  # type: ignore[operator]
         figures |= {

@@ -17,9 +17,9 @@ from itertools import permutations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from spo.testbed.drawing import Glyph as Glyph
-from spo.testbed.drawing import background_tone, draw_shape, draw_word
-from spo.testbed.drawing import draw_text as draw_text
+from spo.attacks.drawing import Glyph as Glyph
+from spo.attacks.drawing import background_tone, draw_shape, draw_word
+from spo.attacks.drawing import draw_text as draw_text
 from spo.testbed.vocabulary import WORDS
 
 KINDS = ("circle", "square", "triangle", "star")

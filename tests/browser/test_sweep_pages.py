@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spo.sweep.boards import Board, dashboards, links
+from spo.sweep.dashboards import Board, dashboards, links
 from spo.sweep.outcome import Outcome
 from spo.sweep.page import write_page
 from tests.browser.test_report_page import CHROMIUM, FLAGS, playwright

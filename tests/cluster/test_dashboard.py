@@ -12,9 +12,15 @@ import pytest
 from spo.config import LearnConfig, RewardConfig
 from spo.engines.fake import FakeEngine
 from spo.records import Rollout
-from spo.stages.learn import TrainLoopSettings, _figures
-from spo.stages.observe import Recorder, open_sinks
-from tests.unit.test_preference_loop import STEERING, Sync, coordinator, learner, start_vector
+from spo.stage2.history import Recorder, open_sinks
+from spo.stage2.worker import TrainLoopSettings, _figures
+from tests.unit.stage2.test_preference_loop import (
+    STEERING,
+    Sync,
+    coordinator,
+    learner,
+    start_vector,
+)
 
 BOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "training.json"
 WITH_PICTURES_ONLY = {"spo_reward_parts_alignment"}

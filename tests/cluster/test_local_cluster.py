@@ -211,7 +211,7 @@ def test_a_wrong_token_is_said_at_once(user: User, tmp_path: Path) -> None:
 def test_another_ray_version_is_said_at_once(user: User) -> None:
     program = (
         "import ray; ray.__version__ = '2.59.0'\n"
-        "from spo.preflight.head import check_head\n"
+        "from spo.session.head import check_head\n"
         f"check_head({user.state['address']!r})"
     )
     done = user.run(sys.executable, "-c", program)

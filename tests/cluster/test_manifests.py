@@ -26,7 +26,7 @@ import yaml
 from referencing import Registry, Resource
 
 from spo.config import RunConfig, load_config
-from spo.preflight.placement import Room, check_room, phases_of
+from spo.session.placement import Room, check_room, phases_of
 from tests.cluster.kustomize import apply, read_documents, render
 
 ROOT = Path(__file__).parents[2]

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from spo import storage
 from spo.artifact import SteeringArtifact
 from spo.config import RunConfig
+from spo.session import storage
 from tests.fake_run import write_fake_run
 from tests.object_store import BUCKET, s3_server
 

@@ -21,10 +21,16 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from spo.activations import CALIBRATION, ContrastRow, load_activations, row_from_json, row_to_json
 from spo.config import ExtractConfig
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side
-from spo.stages.extract import extract
+from spo.stage1.activations import (
+    CALIBRATION,
+    ContrastRow,
+    load_activations,
+    row_from_json,
+    row_to_json,
+)
+from spo.stage1.extract import extract
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
@@ -37,7 +43,7 @@ import json, sys
 from pathlib import Path
 import ray
 from tests.faults.test_extraction import CONFIG, rows
-from spo.stages.extract import extract
+from spo.stage1.extract import extract
 ray.init(address=sys.argv[1], log_to_driver=False)
 extract(rows(), Path(sys.argv[2]), model=sys.argv[3], revision=None, config=CONFIG, digest="d")
 """

@@ -16,19 +16,19 @@ import psutil
 import pytest
 import torch
 
+from spo.actors.engine_actor import EngineHealth
+from spo.actors.engine_pool import EnginePool
+from spo.actors.reward_pool import RewardPool
 from spo.config import EngineConfig
 from spo.engines.fake import FakeEngine
 from spo.errors import UnpublishedError
 from spo.records import GenerateRequest, Prompt, PromptKind, Sampling, SteeringSpec
-from spo.stages.coordinator import Coordinator
-from spo.stages.engine_actor import EngineHealth
-from spo.stages.ledger import committed_ids
-from spo.stages.link import CoordinatorActor, CoordinatorLink
-from spo.stages.rollout import EnginePool
-from spo.stages.score import RewardPool
+from spo.stage2.coordinator import Coordinator
+from spo.stage2.coordinator_actor import CoordinatorActor, CoordinatorLink
+from spo.stage2.ledger import committed_ids
 from spo.vector import SteeringVector
 from tests.parity.conftest import make_vector
-from tests.unit.test_preference_loop import WordScorer, coordinator, start_vector
+from tests.unit.stage2.test_preference_loop import WordScorer, coordinator, start_vector
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray

@@ -18,10 +18,10 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from spo.serving.bench import PRESETS, Bench
-from spo.serving.bench_result import Result
-from spo.serving.bench_server import Server
-from spo.serving.load import Load
+from spo.bench.serving import PRESETS, Bench
+from spo.bench.serving_load import Load
+from spo.bench.serving_server import Server
+from spo.bench.serving_table import Result
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 START_S = 300.0

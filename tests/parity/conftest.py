@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from spo.engines.base import EngineInfo
-from spo.engines.hf import HfEngine
-from spo.engines.vllm import VllmEngine
+from spo.engines.hf.engine import HfEngine
+from spo.engines.vllm.engine import VllmEngine
 from spo.records import Prompt, PromptFormat, PromptKind
 from spo.vector import SteeringVector
 from tests.tiny_models import make_tiny_model

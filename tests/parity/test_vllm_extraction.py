@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spo.activations import ContrastRow, decode_half, row_to_json
 from spo.config import ExtractConfig
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side
-from spo.stages.extract import ActivationExtractor
+from spo.stage1.activations import ContrastRow, decode_half, row_to_json
+from spo.stage1.extract import ActivationExtractor
 
 pytestmark = pytest.mark.vllm
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from spo.engines.vllm_plugin import graphs, install, worker
-from spo.engines.vllm_plugin.launch import VllmSettings, start_llm
-from spo.engines.vllm_plugin.op import Switch
-from spo.engines.vllm_plugin.wire import CONFIG_KEY, PluginConfig
+from spo.engines.vllm.launch import VllmSettings, start_llm
+from spo.engines.vllm.plugin import graphs, install, worker
+from spo.engines.vllm.plugin.op import Switch
+from spo.engines.vllm.plugin.wire import CONFIG_KEY, PluginConfig
 from spo.errors import EngineError, SteeringError
 
 pytestmark = pytest.mark.vllm

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from spo.engines.vllm_plugin import session
+from spo.engines.vllm import session
 from spo.errors import EngineError, SteeringError
 from spo.records import GenerateRequest, Operator, Positions, Sampling, SteeringSpec
 from tests.parity.conftest import make_prompt, make_vector

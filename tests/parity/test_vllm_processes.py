@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from spo.engines.base import LogprobRequest
-from spo.engines.vllm_async import AsyncVllmEngine
-from spo.engines.vllm_plugin.launch import VllmSettings, start_llm, stop_llm
+from spo.engines.vllm.asynchronous import AsyncVllmEngine
+from spo.engines.vllm.launch import VllmSettings, start_llm, stop_llm
 from spo.errors import SteeringError
 from spo.records import GenerateRequest, Operator, Sampling, SteeringSpec
 from tests.parity.conftest import make_prompt, make_vector

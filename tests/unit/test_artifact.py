@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from spo.artifact import SteeringArtifact, export_gguf, import_gguf, write_atomic
+from spo.artifact import SteeringArtifact
 from spo.errors import ArtifactError
+from spo.files import write_atomic
+from spo.gguf import export_gguf, import_gguf
 from spo.records import Operator, Positions
 from spo.vector import SteeringVector
 

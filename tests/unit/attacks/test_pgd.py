@@ -21,8 +21,8 @@ from spo.attacks.pgd import (
 )
 from spo.attacks.pixels import PixelSpace
 from spo.config import AttackConfig
-from spo.engines.hf import HfEngine
-from spo.engines.plan import SteeringPlan
+from spo.engines.forward import SteeringPlan
+from spo.engines.hf.engine import HfEngine
 from spo.errors import DataError, EngineError
 from spo.records import Operator, Positions, Prompt, PromptFormat, PromptKind
 from tests.tiny_models import HIDDEN, make_tiny_model

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from spo.attacks.drawing import draw_text
 from spo.attacks.templates import TEMPLATES, template_prompts
 from spo.attacks.typographic import CONTINUE_REQUEST, LIST_REQUEST, typographic_prompts
 from spo.records import Prompt, PromptFormat, PromptKind
-from spo.testbed.drawing import draw_text
 
 CHAT = Prompt(prompt_id="a", text="How to pick a lock?", kind=PromptKind.HARM)
 PLAIN = replace(CHAT, prompt_id="b", text="You are such a", format=PromptFormat.PLAIN)

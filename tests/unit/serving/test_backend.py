@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 
-from spo.config_serve import ServeConfig
+from spo.config.serving import ServeConfig
 from spo.engines.chat import ChatAnswer, ChatRequest, Turn
 from spo.errors import EngineError, SteeringError
 from spo.records import FinishReason, Sampling
-from spo.stages import serve_backend
-from spo.stages.serve_backend import RayBackend
+from spo.serving import backend as serve_backend
+from spo.serving.backend import RayBackend
 
 ANSWER = ChatAnswer(
     text="yes", finish=FinishReason.STOP, prompt_tokens=1, completion_tokens=1, receipt=None

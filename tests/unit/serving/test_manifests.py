@@ -55,7 +55,7 @@ def test_pods_live_longer_than_answers(repository: Path) -> None:
 
 def test_the_dashboard_asks_for_figures_that_are_kept(repository: Path) -> None:
     board = json.loads((repository / "cluster/grafana/serving.json").read_text())
-    source = (repository / "spo/stages/serve_metrics.py").read_text()
+    source = (repository / "spo/serving/metrics.py").read_text()
     kept = set(re.findall(r'"(spo_serve_\w+)"', source))
     asked = {
         name.removesuffix("_total").removesuffix("_bucket")

@@ -8,7 +8,8 @@ from typing import Any
 import optuna
 import pytest
 
-from spo.config import RunConfig, validated
+from spo.config import RunConfig
+from spo.config.load import validated
 from spo.errors import ConfigError
 from spo.sweep.settings import SweepConfig, format_layers, load_sweep, parse_layers
 from spo.sweep.space import Space

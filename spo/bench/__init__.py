@@ -1,0 +1,1 @@
+"""Every measurement of speed; `jobs.bench` calls them."""

@@ -1,0 +1,51 @@
+"""Configuration: one frozen model for each component; importable without torch and Ray.
+
+Unknown keys are errors. A component takes only its own slice; only jobs, the pipeline and the sweep
+see `RunConfig`. Names carry units.
+"""
+
+from spo.config.datasets import DatasetConfig
+from spo.config.evaluation import AttackConfig, DefenceConfig, EvaluateConfig, JudgeConfig
+from spo.config.load import load_config
+from spo.config.run import DataConfig, ModelConfig, RayConfig, RunConfig, SteeringConfig
+from spo.config.serving import ServeConfig
+from spo.config.stage1 import (
+    AdversarialSource,
+    AttributionSource,
+    ContinuationSource,
+    EstimateConfig,
+    ExtractConfig,
+    FileSource,
+    InstructionSource,
+    SourceConfig,
+    TypographicSource,
+)
+from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutConfig
+
+__all__ = [
+    "AdversarialSource",
+    "AttackConfig",
+    "AttributionSource",
+    "ContinuationSource",
+    "DataConfig",
+    "DatasetConfig",
+    "DefenceConfig",
+    "EngineConfig",
+    "EstimateConfig",
+    "EvaluateConfig",
+    "ExtractConfig",
+    "FileSource",
+    "InstructionSource",
+    "JudgeConfig",
+    "LearnConfig",
+    "ModelConfig",
+    "RayConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "ServeConfig",
+    "SourceConfig",
+    "SteeringConfig",
+    "TypographicSource",
+    "load_config",
+]

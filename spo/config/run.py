@@ -1,0 +1,173 @@
+"""`RunConfig`, everything one run needs, and the slices that belong to no stage.
+
+Importable without torch and Ray. Unknown keys are errors. A component takes only its own slice;
+only jobs, the pipeline and the sweep see `RunConfig`. Names carry units.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, model_validator
+
+from spo.config.base import Fraction, Location, Positive, Slice
+from spo.config.evaluation import AttackConfig, EvaluateConfig
+from spo.config.serving import ServeConfig
+from spo.config.stage1 import EstimateConfig, ExtractConfig
+from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutConfig
+from spo.records import Operator, Positions
+
+
+class ModelConfig(Slice):
+    """The frozen model."""
+
+    id: str = "testbed"
+    """Hub id, local folder in hub layout, or "testbed" for the embedded default."""
+    revision: str | None = None
+
+
+class DataConfig(Slice):
+    """Prompts of the preference stage and of the evaluation."""
+
+    train: str = "testbed"
+    """"testbed", or a JSONL file of prompts (fields of `spo.records.Prompt`)."""
+    heldout: str = "testbed"
+    harm_prompts: Positive = 256
+    """Number of harmful training prompts drawn from `train`."""
+    benign_prompts: Positive = 128
+    image_fraction: Fraction = 0.5
+    """Share of the testbed's harmful prompts that come with a picture."""
+    typographic_fraction: Fraction = 0.0
+    """Share of the harmful training prompts whose words are drawn into the picture: the attack in
+    the loop."""
+    picture_size: Positive | None = None
+    """Side of such a drawn picture; None takes the testbed's own, or 336 for other prompts."""
+    attacks: tuple[AttackConfig, ...] = ()
+    """Picture attacks in the loop of Stage II, made before its first step, on training prompts and
+    training targets; an `adaptive` one goes through `learn.start`'s vector as it is applied."""
+    attacked_fraction: Fraction = 0.25
+    """Share of the harmful training prompts asked with an attacked picture, where `attacks` has
+    any. The testbed asks about the picture then."""
+    attacked_pictures: Positive = 2
+    """Clean pictures that each attack starts from."""
+    attack_targets_file: Path | None = None
+    """Harmful sentences, one a line, that these attacks aim at; the testbed has its own. Not those
+    of `evaluate.attack_targets_file`."""
+
+    @model_validator(mode="after")
+    def _pictures_only(self) -> DataConfig:
+        kinds = [attack.kind for attack in self.attacks if attack.kind != "pgd"]
+        if kinds:
+            raise ValueError(
+                f"'attacks' takes kind 'pgd', got {kinds}; drawn words: 'typographic_fraction'"
+            )
+        return self
+
+
+class SteeringConfig(Slice):
+    """How the vector is applied, in training, evaluation and serving alike."""
+
+    operator: Operator = Operator.ADD
+    positions: Positions = Positions.ALL
+    coefficient: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    """With `add`: dose of each layer relative to its mean hidden norm, at full layer weight."""
+
+
+class RayConfig(Slice):
+    """The Ray cluster."""
+
+    address: str | None = None
+    """None: the cluster of `ray job submit`, or a local one; else its address."""
+    num_cpus: Positive | None = None
+    """CPUs of a local cluster; None takes Ray's own count."""
+    namespace: str = "spo"
+    node_wait_s: Annotated[int, Field(ge=0)] = 0
+    """How long an autoscaler gets to add nodes that a job lacks; 0 refuses at once."""
+
+
+class RunConfig(Slice):
+    """Everything one run needs. Saved, resolved, beside every output."""
+
+    name: str = "testbed"
+    seed: int = 0
+    output_dir: Location = "outputs"
+    """Folder, or URL such as s3://bucket/prefix; a run writes to `output_dir/name`."""
+    cache_dir: Path = Path("~/.cache/spo-vlm")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    extract: ExtractConfig = ExtractConfig()
+    estimate: EstimateConfig = EstimateConfig()
+    steering: SteeringConfig = SteeringConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    learn: LearnConfig = LearnConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _learns_from_what_it_samples(self) -> RunConfig:
+        if self.rollout.static and self.learn.objective in ("rloo", "gspo"):
+            raise ValueError(
+                f"rollout.static goes with an objective on pairs, got {self.learn.objective!r}; "
+                "set learn.objective to dpo, simpo, bipo or reps"
+            )
+        return self
+
+    @property
+    def run_url(self) -> str | None:
+        """URL of this run when its outputs go to remote storage; None for a folder."""
+        return f"{self.output_dir.rstrip('/')}/{self.name}" if "://" in self.output_dir else None
+
+    @property
+    def run_dir(self) -> Path:
+        """Absolute folder of this run's outputs; a local mirror of `run_url` if there is one."""
+        if self.run_url is not None:
+            return self.cache / "mirror" / f"{self.name}-{_digest(self.run_url)[:8]}"
+        return (Path(self.output_dir) / self.name).expanduser().absolute()
+
+    @property
+    def storage(self) -> str:
+        """Where Ray keeps its own checkpoints: `run_url`, or `run_dir` as text."""
+        return self.run_url or str(self.run_dir)
+
+    @property
+    def cache(self) -> Path:
+        """Absolute folder of assembled models and drawn pictures."""
+        return self.cache_dir.expanduser().absolute()
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that changes results; output folders and Ray address do not."""
+        places = dict.fromkeys(("output_dir", "cache_dir", "ray", "serve", "name"), True)
+        return _digest(self.model_dump(mode="json", exclude={**places, **_MANNER}))
+
+    def digest_of(self, *sections: str, also: str = "") -> str:
+        """Digest of some sections, and of `also`: what the result of one stage depends on."""
+        content = self.model_dump(mode="json", include=set(sections), exclude=_MANNER)
+        return _digest([content, also])
+
+    def to_yaml(self) -> str:
+        """The resolved configuration."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+_MANNER = {"learn": {"compile": True}, "engine": {"in_process": True}}
+"""Settings that change how something is computed, and no result beyond its last bits."""
+
+
+def _placeless(content: Any) -> Any:
+    """Without node labels: where a process runs does not change what it computes."""
+    if isinstance(content, dict):
+        return {key: _placeless(value) for key, value in content.items() if key != "labels"}
+    return [_placeless(item) for item in content] if isinstance(content, list) else content
+
+
+def _digest(content: object) -> str:
+    content = _placeless(content)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

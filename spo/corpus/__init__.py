@@ -1,0 +1,1 @@
+"""What a run is made on: training prompts and evaluation sets."""

@@ -1,0 +1,1 @@
+"""The exact, differentiable engine on Transformers."""

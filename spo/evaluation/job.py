@@ -1,0 +1,47 @@
+"""Evaluation of one run: the matrix attack x prompt set x defence, on held-out prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from spo.actors.pools import Pools
+from spo.config import RunConfig
+from spo.evaluation import CellStore, evaluate, format_table, save_report, shown_conditions
+from spo.evaluation.attacked_sets import attacked_sets
+from spo.evaluation.defences import open_defences, with_defences
+from spo.progress import Reporter
+from spo.resolve import alignment_arguments, evaluation_inputs, open_judge, open_success_judges
+
+HEADLINE_METRICS = ("toxicity", "success", "nll", "attributes", "correct", "refusal", "kl")
+
+
+def run_evaluate(config: RunConfig, reporter: Reporter, pools: Pools) -> None:
+    """The matrix attack x prompt set x defence, on held-out prompts; finished cells are reused."""
+    inputs = evaluation_inputs(config)
+    defences = open_defences(config, pools.rollouts, reporter)
+    reporter.stage(f"Evaluate: {', '.join(defence.name for defence in defences)}")
+    sets = [*inputs.sets, *attacked_sets(config, inputs, defences, pools.model, reporter)]
+    from spo.scorers.alignment import AlignmentScorer
+
+    held = pools.rollouts.info
+    success = open_success_judges(config.evaluate)
+    report = evaluate(
+        pools.rollouts,
+        {defence.name: defence.spec for defence in defences},
+        [with_defences(part, defences) for part in sets],
+        judge=open_judge(config.evaluate),
+        alignment=AlignmentScorer(**alignment_arguments(config.reward, config.cache)),
+        checks=inputs.checks,
+        config=config.evaluate,
+        seed=config.seed,
+        progress=reporter.step,
+        success=success,
+        store=CellStore(
+            folder=config.run_dir / "cells",
+            identity=repr((held, config.seed, config.evaluate.judge, [j.name for j in success])),
+            vectors={defence.name: defence.sha256 for defence in defences},
+        ),
+    )
+    report = replace(report, quarantined=(*report.quarantined, *inputs.quarantined))
+    save_report(report, config.run_dir / "evaluation.json")
+    reporter.note(format_table(shown_conditions(report), metrics=HEADLINE_METRICS))

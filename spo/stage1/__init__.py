@@ -1,0 +1,1 @@
+"""Stage I: contrasts, their activations, and the first vector."""

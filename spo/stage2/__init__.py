@@ -1,0 +1,1 @@
+"""Stage II: the vector refined by preferences between its own answers."""
