@@ -6,16 +6,27 @@ Anything else is a hub id, a local folder or a file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from spo.config import DataConfig, EvaluateConfig, ModelConfig, RewardConfig, RunConfig
+from spo.config.rewards import (
+    AlignmentPart,
+    AnyRewardPart,
+    DegenerationPart,
+    HarmPart,
+    LlmPart,
+    RefusalPart,
+    ToxicityPart,
+)
 from spo.corpus import files
 from spo.corpus.base import EvaluationInputs
-from spo.errors import ConfigError
+from spo.errors import ConfigError, SpoError
 from spo.records import Prompt, PromptKind, QuarantinedRow
 from spo.scorers.base import Judge, SuccessJudge
+from spo.scorers.rewards import REWARDS, alignment_arguments
 from spo.testbed import corpus as testbed
 
 TESTBED = "testbed"
@@ -46,30 +57,70 @@ def learner_model(config: RunConfig, model: ResolvedModel) -> str:
     return "fake" if config.engine.backend == "fake" else model.path
 
 
-def toxicity_arguments(config: RewardConfig, cache: Path) -> dict[str, Any]:
-    """Arguments of `ToxicityScorer`."""
-    if config.toxicity_model == TESTBED:
-        from spo.testbed.toxicity import assemble_toxicity
+def reward_parts(config: RewardConfig, cache: Path) -> tuple[AnyRewardPart, ...]:
+    """The parts of a reward with every model as a place or hub id; what can be seen not to open is
+    found here, before anything starts.
 
-        return {"checkpoint": str(assemble_toxicity(cache))}
-    if Path(config.toxicity_model).exists():
-        return {"checkpoint": str(Path(config.toxicity_model).absolute())}
-    return {"model_type": config.toxicity_model}
+    Raises:
+        ConfigError: a part's model does not exist, or is not one of its kind.
+    """
+    return tuple(_opening(part, cache) for part in config.counted)
 
 
-def alignment_arguments(config: RewardConfig, cache: Path) -> dict[str, Any]:
-    """Arguments of `AlignmentScorer`."""
-    if config.alignment_model == TESTBED:
-        from spo.testbed.alignment import assemble_alignment
+def _opening(part: AnyRewardPart, cache: Path) -> AnyRewardPart:
+    if not part.needs_model or isinstance(part, LlmPart | DegenerationPart):
+        found: AnyRewardPart = part
+    else:
+        found = part.model_copy(update={"model": _model_of(part, cache)})
+    check = REWARDS[part.kind].check
+    if check is None or not part.needs_model:
+        return found
+    try:
+        check(found)
+    except SpoError as error:
+        raise ConfigError(f"reward part {part.name!r} ({part.kind}): {error}") from error
+    return found
 
-        return {"model": str(assemble_alignment(cache))}
-    model, sign, pretrained = config.alignment_model.partition(":")
-    if not sign:
+
+def _model_of(part: ToxicityPart | AlignmentPart | RefusalPart | HarmPart, cache: Path) -> str:
+    name = str(part.model)
+    if name == TESTBED:
+        return _embedded(part, cache)
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
+def _embedded(part: AnyRewardPart, cache: Path) -> str:
+    if part.kind not in _EMBEDDED:
         raise ConfigError(
-            f"reward.alignment_model must be MODEL:PRETRAINED of open_clip (for instance "
-            f"ViT-B-32:laion2b_s34b_b79k) or 'testbed', got {config.alignment_model!r}"
+            f"reward part {part.name!r}: no model of kind {part.kind!r} is embedded, only of "
+            f"{sorted(_EMBEDDED)}; name a local folder or a hub id as its 'model'"
         )
-    return {"model": model, "pretrained": pretrained}
+    return str(_EMBEDDED[part.kind](cache))
+
+
+def _embedded_toxicity(cache: Path) -> Path:
+    from spo.testbed.toxicity import assemble_toxicity
+
+    return assemble_toxicity(cache)
+
+
+def _embedded_alignment(cache: Path) -> Path:
+    from spo.testbed.alignment import assemble_alignment
+
+    return assemble_alignment(cache)
+
+
+_EMBEDDED: dict[str, Callable[[Path], Path]] = {
+    "toxicity": _embedded_toxicity,
+    "alignment": _embedded_alignment,
+}
+"""Kind of reward part -> its embedded model, assembled in the cache on first use."""
+
+
+def fitting_arguments(config: RewardConfig, cache: Path) -> dict[str, Any]:
+    """Arguments of the `AlignmentScorer` that an evaluation measures with."""
+    return alignment_arguments(_model_of(config.fitting, cache))
 
 
 def open_judge(config: EvaluateConfig) -> Judge:

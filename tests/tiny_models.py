@@ -10,8 +10,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CLIPImageProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 HIDDEN = 128
 LAYERS = 4
@@ -372,3 +378,40 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "internvl": _internvl,
     "gemma3": _gemma3,
 }
+
+
+def make_tiny_classifier(folder: Path, labels: tuple[str, ...], *, several: bool = False) -> Path:
+    """Write a tiny random sequence classifier over pairs of texts.
+
+    Args:
+        folder: created if needed.
+        labels: names of its logits.
+        several: whether an input may have several labels at once.
+
+    Returns:
+        `folder`.
+    """
+    torch.manual_seed(SEED)
+    tokenizer = _tokenizer("")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 256), ("</s>", 257)],
+    )
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+        pad_token_id=258,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={name: i for i, name in enumerate(labels)},
+        problem_type="multi_label_classification" if several else None,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

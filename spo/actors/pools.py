@@ -9,7 +9,7 @@ from spo.actors.engine_pool import EnginePool
 from spo.actors.reward_pool import RewardPool
 from spo.config import RunConfig
 from spo.progress import Reporter
-from spo.resolve import ResolvedModel, alignment_arguments, resolve_model, toxicity_arguments
+from spo.resolve import ResolvedModel, resolve_model, reward_parts
 
 
 class Pools:
@@ -37,10 +37,7 @@ class Pools:
         with ExitStack() as undo:
             if self._scoring:  # they load while the engines do
                 self.rewards = RewardPool.start(
-                    toxicity_arguments(config.reward, config.cache),
-                    alignment_arguments(config.reward, config.cache),
-                    config.reward,
-                    prefix=self.prefix,
+                    reward_parts(config.reward, config.cache), config.reward, prefix=self.prefix
                 )
                 undo.callback(self.rewards.close)
             self.rollouts = EnginePool.start(

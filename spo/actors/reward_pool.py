@@ -1,4 +1,4 @@
-"""Reward models as Ray actors: rollouts in, raw scores out; `algorithms.rewards` weighs them."""
+"""Reward models as Ray actors: rollouts in, raw scores out; `spo.scorers.rewards` weighs them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -16,75 +16,83 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from spo.actors.restarts import await_back
 from spo.config import RewardConfig
+from spo.config.rewards import CROSSCHECK, AnyRewardPart
 from spo.engines.processing import load_image
 from spo.errors import ScorerError, StageError
-from spo.records import PromptKind, Rollout
+from spo.records import Rollout
+from spo.scorers.rewards import REWARDS, PartScorer, Place, Scored, raw_scores
 
 if TYPE_CHECKING:
     from spo.scorers.crosscheck import CrossCheck
 
 _LOG = logging.getLogger(__name__)
 _MAX_TRIES = 3
+_CALLS = 64
+"""Calls of one scorer that are under way at once."""
+_PATIENCE = 0.9
+"""Share of a call's time after which answers over a network are waited for no longer."""
 
 
 class ScorerActor:
     """All reward models in one process. Calls of several callers are scored together.
 
     Args:
-        toxicity: arguments of `ToxicityScorer`.
-        alignment: arguments of `AlignmentScorer`.
+        parts: of the reward, with models as places or hub ids.
         config: batch sizes, and which cross-check.
     """
 
-    def __init__(
-        self, toxicity: dict[str, Any], alignment: dict[str, Any], config: RewardConfig
-    ) -> None:
-        # Here and not above: the libraries behind them take ten seconds to import.
-        from spo.scorers.alignment import AlignmentScorer
-        from spo.scorers.crosscheck import ProfanityCheck
-        from spo.scorers.toxicity import ToxicityScorer
+    def __init__(self, parts: Sequence[AnyRewardPart], config: RewardConfig) -> None:
+        place = Place(device="cuda" if config.num_gpus else "cpu", load_picture=load_image)
+        self._here: list[tuple[AnyRewardPart, PartScorer]] = []
+        self._remote: list[tuple[AnyRewardPart, PartScorer]] = []
+        for part in parts:
+            kind = REWARDS[part.kind]
+            if part.needs_model and kind.open is not None:
+                (self._remote if kind.remote else self._here).append((part, kind.open(part, place)))
+        self._crosscheck: CrossCheck | None = None
+        if config.crosscheck == "profanity":
+            # Here and not above: the libraries behind scorers take ten seconds to import.
+            from spo.scorers.crosscheck import ProfanityCheck
 
-        device = "cuda" if config.num_gpus else "cpu"
-        self._toxicity = ToxicityScorer(**toxicity, device=device)
-        self._alignment = AlignmentScorer(**alignment, device=device)
-        self._crosscheck: CrossCheck | None = (
-            ProfanityCheck() if config.crosscheck == "profanity" else None
-        )
+            self._crosscheck = ProfanityCheck()
         self._gathered = MicroBatcher(
             self._score, max_items=config.batch_size, max_wait_s=config.batch_wait_s
         )
+        self._asking = ThreadPoolExecutor(_CALLS, thread_name_prefix="remote-rewards")
+        self._patience_s = _PATIENCE * config.timeout_s
 
     def score(self, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
-        """Raw scores of each rollout; alignment where the prompt is benign and has a picture.
+        """Raw scores of each rollout by name of part, where the part counts on the prompt.
 
-        A rollout that a model cannot score gets NaN and does not spoil the others.
+        A rollout that a part cannot score gets NaN there and does not spoil the others. Parts over
+        a network are asked meanwhile; what has not come in time is NaN too.
         """
-        return self._gathered.call(rollouts)
+        end = time.monotonic() + self._patience_s
+        asked = [
+            (part, self._asking.submit(_measure, part, scorer, rollouts))
+            for part, scorer in self._remote
+        ]
+        scores = self._gathered.call(rollouts) if self._here or self._crosscheck else []
+        scores = scores or [{} for _ in rollouts]
+        for part, answer in asked:
+            try:
+                found = answer.result(timeout=max(end - time.monotonic(), 0.0))
+            except TimeoutError:
+                _LOG.warning("no score of %r: none in %.0f s", part.name, self._patience_s)
+                found = _unscored(part, rollouts)
+            for values, more in zip(scores, found, strict=True):
+                values.update(more)
+        return scores
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
-        try:
-            return self._score_together(rollouts)
-        except ScorerError as error:
-            if len(rollouts) == 1:
-                _LOG.warning("no score for %r: %s", rollouts[0].request_id, error)
-                return [{"toxicity": math.nan}]
-            return [self._score([rollout])[0] for rollout in rollouts]
-
-    def _score_together(self, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
-        texts = [rollout.text for rollout in rollouts]
-        scores = [{"toxicity": values["toxicity"]} for values in self._toxicity.score(texts)]
+        scores: list[dict[str, float]] = [{} for _ in rollouts]
+        for part, scorer in self._here:
+            for values, more in zip(scores, _measure(part, scorer, rollouts), strict=True):
+                values.update(more)
         if self._crosscheck is not None:
+            texts = [rollout.text for rollout in rollouts]
             for values, second in zip(scores, self._crosscheck.score(texts), strict=True):
-                values["crosscheck"] = second
-        pictured = [
-            i
-            for i, rollout in enumerate(rollouts)
-            if rollout.prompt.kind is PromptKind.BENIGN and rollout.prompt.image
-        ]
-        images = [load_image(str(rollouts[i].prompt.image)) for i in pictured]
-        aligned = self._alignment.score(images, [texts[i] for i in pictured])
-        for i, value in zip(pictured, aligned, strict=True):
-            scores[i]["alignment"] = value
+                values[CROSSCHECK] = second
         return scores
 
     def ready(self) -> bool:
@@ -94,6 +102,36 @@ class ScorerActor:
     def process_id(self) -> int:
         """Process of the actor."""
         return os.getpid()
+
+
+def _measure(
+    part: AnyRewardPart, scorer: PartScorer, rollouts: Sequence[Rollout]
+) -> list[dict[str, float]]:
+    """One part's raw scores; {} where it does not count, NaN where it has none."""
+    scores: list[dict[str, float]] = [{} for _ in rollouts]
+    counted = [i for i, rollout in enumerate(rollouts) if part.counts_on(rollout.prompt)]
+    if not counted:
+        return scores
+    for i, scored in zip(
+        counted, _scored(part, scorer, [rollouts[i] for i in counted]), strict=True
+    ):
+        if scored.reason:
+            _LOG.warning("no %s of %r: %s", part.name, rollouts[i].request_id, scored.reason)
+        scores[i] = raw_scores(part, scored)
+    return scores
+
+
+def _scored(part: AnyRewardPart, scorer: PartScorer, rollouts: Sequence[Rollout]) -> list[Scored]:
+    try:
+        return scorer.score(rollouts)
+    except ScorerError as error:
+        if len(rollouts) == 1:
+            return [Scored(value=math.nan, reason=str(error))]
+        return [_scored(part, scorer, [rollout])[0] for rollout in rollouts]
+
+
+def _unscored(part: AnyRewardPart, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
+    return [{part.name: math.nan} if part.counts_on(r.prompt) else {} for r in rollouts]
 
 
 class MicroBatcher:
@@ -166,8 +204,7 @@ class RewardPool:
     @classmethod
     def start(
         cls,
-        toxicity: dict[str, Any],
-        alignment: dict[str, Any],
+        parts: Sequence[AnyRewardPart],
         config: RewardConfig,
         *,
         prefix: str,
@@ -181,10 +218,10 @@ class RewardPool:
                 num_gpus=config.num_gpus,
                 label_selector=config.labels,
                 max_restarts=3,
-                max_concurrency=64,
+                max_concurrency=_CALLS,
                 scheduling_strategy="DEFAULT",
             )
-            .remote(toxicity, alignment, config)
+            .remote(list(parts), config)
             for i in range(config.replicas)
         ]
         return cls(actors, timeout_s=config.timeout_s)
@@ -211,7 +248,7 @@ class RewardPool:
     def score(self, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
         """Raw scores in order. A value that is not finite stays in: the reward fails, visibly."""
         count = len(self._actors)
-        results: list[dict[str, float]] = [{"toxicity": math.nan} for _ in rollouts]
+        results: list[dict[str, float]] = [{} for _ in rollouts]
         pending = [
             (i, self._actors[i].score.remote(rollouts[i::count]))
             for i in range(count)

@@ -1,20 +1,11 @@
-"""From raw scores of one answer to its reward, and the text rules that guard against gaming it.
+"""Rules over the text of an answer, for rewards and measures: refusal, distance from language.
 
-R = -w_tox toxicity + w_align alignment - w_deg degeneration - refusal penalty
-
-Alignment counts only on benign prompts with a picture: on a refusal it means nothing. A benign
-prompt answered by a refusal or by nothing is penalised, or silence would be the best policy. A
-score that is missing or not finite makes the whole reward FAILED, never 0.
+How the parts of a reward are weighed is in `spo.scorers.rewards`.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
-
-from spo.config import RewardConfig
-from spo.records import PromptKind, Reward, RewardStatus, Rollout
 
 # Openings of refusals, after the substring lists of AdvBench's and refusal_direction's evaluations.
 _REFUSAL = re.compile(
@@ -45,35 +36,3 @@ def degeneration(text: str) -> float:
         not (c.isalnum() or c.isspace() or c in ".,;:!?'\"()-\u2019\u201c\u201d") for c in text
     )
     return max(repeated, odd / len(text))
-
-
-def reward_of(rollout: Rollout, scores: Mapping[str, float], config: RewardConfig) -> Reward:
-    """Weigh the parts of one answer.
-
-    Args:
-        rollout: the answer.
-        scores: raw scores, "toxicity" in 0..1 always, and "alignment" (cosine) where the prompt is
-            benign and has a picture.
-        config: weights.
-    """
-    benign = rollout.prompt.kind is PromptKind.BENIGN
-    needed = {"toxicity"} | ({"alignment"} if benign and rollout.prompt.image else set())
-    unusable = sorted(n for n in needed if not math.isfinite(scores.get(n, math.nan)))
-    if unusable:
-        return Reward(
-            status=RewardStatus.FAILED, total=None, reason=f"no finite score for {unusable}"
-        )
-    empty = not rollout.text.strip()
-    parts = {name: float(scores[name]) for name in sorted(needed)}
-    # Never rewarded: kept to be compared with toxicity.
-    if math.isfinite(scores.get("crosscheck", math.nan)):
-        parts["crosscheck"] = float(scores["crosscheck"])
-    parts["degenerate"] = degeneration(rollout.text)
-    parts["refusal"] = float(benign and (empty or is_refusal(rollout.text)))
-    total = (
-        -config.toxicity_weight * parts["toxicity"]
-        + config.alignment_weight * parts.get("alignment", 0.0)
-        - config.degeneration_weight * parts["degenerate"]
-        - config.refusal_penalty * parts["refusal"]
-    )
-    return Reward(status=RewardStatus.SCORED, total=total, parts=parts)

@@ -119,6 +119,22 @@ class RunConfig(Slice):
             )
         return self
 
+    @model_validator(mode="after")
+    def _judge_is_not_rewarded(self) -> RunConfig:
+        """What is optimised against cannot also be the measure."""
+        llms = [judge for judge in self.evaluate.success_judges if judge.url]
+        measures = {(str(judge.url).rstrip("/"), judge.model) for judge in llms}
+        if self.evaluate.judge != "testbed":  # which stands for another model in each place
+            measures.add(("", self.evaluate.judge))
+        for part in self.reward.parts or ():
+            named = getattr(part, "url", "").rstrip("/"), getattr(part, "model", None)
+            if named in measures:
+                raise ValueError(
+                    f"reward part {part.name!r} and a judge of the evaluation are one model, "
+                    f"{named[1]}: what is rewarded cannot also be the measure; change one of them"
+                )
+        return self
+
     @property
     def run_url(self) -> str | None:
         """URL of this run when its outputs go to remote storage; None for a folder."""

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from spo.config.base import Fraction, Labels, Positive, Slice
+from spo.config.rewards import (
+    AlignmentPart,
+    AnyRewardPart,
+    DegenerationPart,
+    RefusalPart,
+    ToxicityPart,
+    check_parts,
+)
 
 
 class EngineConfig(Slice):
@@ -84,9 +93,24 @@ class RolloutConfig(Slice):
         return self
 
 
-class RewardConfig(Slice):
-    """Weights of the reward; the formula is in `spo.algorithms.rewards`."""
+_WITHOUT_PARTS = (
+    "toxicity_model",
+    "alignment_model",
+    "toxicity_weight",
+    "alignment_weight",
+    "degeneration_weight",
+    "refusal_penalty",
+)
+"""Keys of `RewardConfig` that make the usual four parts, where `parts` does not name them."""
 
+
+class RewardConfig(Slice):
+    """What is rewarded: `parts`, or the usual four by their weights; how reward models run."""
+
+    parts: tuple[AnyRewardPart, ...] | None = None
+    """Any parts, each with its kind, weight and the prompts that it counts on; see
+    `spo.config.rewards`. None: the four parts of the following six keys, which do not go with it.
+    """
     toxicity_model: str = "testbed"
     """"testbed", a Detoxify model name ("original", "unbiased", ...), or a local checkpoint."""
     alignment_model: str = "testbed"
@@ -115,6 +139,54 @@ class RewardConfig(Slice):
     labels: Labels = Field(default_factory=dict)
     replicas: Positive = 1
     timeout_s: Positive = 300
+
+    @model_validator(mode="after")
+    def _parts_or_weights(self) -> RewardConfig:
+        if self.parts is None:
+            return self
+        check_parts(self.parts)
+        both = [key for key in _WITHOUT_PARTS if key in self.model_fields_set]
+        if both:
+            raise ValueError(
+                f"'parts' says it all: {', '.join(both)} cannot be given beside it; move them into "
+                "the parts, or drop 'parts'"
+            )
+        toxic = [
+            part for part in self.parts if part.name == "toxicity" and part.prompts != "benign"
+        ]
+        if self.crosscheck != "none" and not toxic:
+            raise ValueError(
+                "'crosscheck' is compared with a part named 'toxicity' on harmful prompts, and "
+                "'parts' has none: add one (weight 0 only measures), or set crosscheck to none"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _one_form(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only what was chosen, parts or weights, so that what is written can be read again."""
+        left_out = ("parts",) if self.parts is None else _WITHOUT_PARTS
+        return {key: value for key, value in plain(self).items() if key not in left_out}
+
+    @cached_property
+    def counted(self) -> tuple[AnyRewardPart, ...]:
+        """Every part of the reward, in the order in which they are added."""
+        if self.parts is not None:
+            return self.parts
+        return (
+            ToxicityPart(name="toxicity", weight=-self.toxicity_weight, model=self.toxicity_model),
+            AlignmentPart(
+                name="alignment", weight=self.alignment_weight, model=self.alignment_model
+            ),
+            DegenerationPart(name="degenerate", weight=-self.degeneration_weight),
+            RefusalPart(name="refusal", weight=-self.refusal_penalty, prompts="benign"),
+        )
+
+    @property
+    def fitting(self) -> AlignmentPart:
+        """The part whose model an evaluation measures alignment with: the first such part, or one
+        with the default model."""
+        found = [part for part in self.counted if isinstance(part, AlignmentPart)]
+        return found[0] if found else AlignmentPart(name="alignment", weight=0.0)
 
 
 class LearnConfig(Slice):

@@ -10,7 +10,7 @@ from spo.evaluation import CellStore, evaluate, format_table, save_report, shown
 from spo.evaluation.attacked_sets import attacked_sets
 from spo.evaluation.defences import open_defences, with_defences
 from spo.progress import Reporter
-from spo.resolve import alignment_arguments, evaluation_inputs, open_judge, open_success_judges
+from spo.resolve import evaluation_inputs, fitting_arguments, open_judge, open_success_judges
 
 HEADLINE_METRICS = ("toxicity", "success", "nll", "attributes", "correct", "refusal", "kl")
 
@@ -30,7 +30,7 @@ def run_evaluate(config: RunConfig, reporter: Reporter, pools: Pools) -> None:
         {defence.name: defence.spec for defence in defences},
         [with_defences(part, defences) for part in sets],
         judge=open_judge(config.evaluate),
-        alignment=AlignmentScorer(**alignment_arguments(config.reward, config.cache)),
+        alignment=AlignmentScorer(**fitting_arguments(config.reward, config.cache)),
         checks=inputs.checks,
         config=config.evaluate,
         seed=config.seed,

@@ -61,7 +61,8 @@ def warning(check: str, found: str, mend: str) -> Finding:
 
 def question_of(config: RunConfig, marker: str) -> Question:
     """What the nodes are to look for: models, checkpoints and prompt files by their settings."""
-    named = [config.model.id, config.reward.toxicity_model, config.evaluate.judge]
+    rewarded = [str(getattr(part, "model", "")) for part in config.reward.counted]
+    named = [config.model.id, *rewarded, config.evaluate.judge]
     files = [config.data.train, config.data.heldout]
     sources = [str(s.path) for s in config.extract.sources if isinstance(s, FileSource)]
     paths = [value for value in (*named, *files) if _is_path(value)] + sources

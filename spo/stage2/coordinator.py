@@ -18,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from spo.algorithms.rewards import reward_of
 from spo.config import RewardConfig, RolloutConfig, SteeringConfig
 from spo.engines.base import LogprobRequest, Sampler
 from spo.errors import DataError, StageError
 from spo.records import Batch, PromptKind, RewardStatus, Rollout, ScoredRollout, SteeringSpec
+from spo.scorers.rewards import costs_of, reward_of
 from spo.stage2.history import IdleClock, Recorder
 from spo.stage2.ledger import Fate, Ledger
 from spo.stage2.schedule import Schedule, Slot, receipt_sha, within
@@ -118,6 +118,7 @@ class Coordinator:
         self._seconds: defaultdict[int, defaultdict[str, float]] = defaultdict(
             lambda: defaultdict(float)
         )
+        self._costs: defaultdict[int, list[Mapping[str, float]]] = defaultdict(list)
         self._opening = asyncio.Lock()
         self._clock = IdleClock()
         calls = self.schedule.places * (rollout.max_staleness + 1) * (rollout.calls_per_group + 1)
@@ -164,6 +165,8 @@ class Coordinator:
             "ledger": self.ledger.counts(step),
             "retries": getattr(self._rollouts, "retries", 0),
         }
+        if cost := costs_of(self._costs.pop(step, [])):
+            added["reward_cost"] = cost
         self.ledger.commit(step)
         self.recorder.record(figures, added)
         self._batches = {known: made for known, made in self._batches.items() if known >= step}
@@ -275,6 +278,7 @@ class Coordinator:
         sampled = time.monotonic()
         self._check_receipts(rollouts, policy)
         scores = await self._in_thread(self._scorer.score, rollouts)
+        self._costs[slot.step] += scores
         spent = self._seconds[slot.step]
         spent["rollout"] += (sampled - begin) / self.schedule.places
         spent["score"] += (time.monotonic() - sampled) / self.schedule.places

@@ -10,13 +10,14 @@ import importlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spo.config import RewardConfig
+from spo.config.rewards import CROSSCHECK, HarmPart, LlmPart, ToxicityPart
 from spo.errors import ConfigError
 from spo.records import Batch
 
@@ -45,6 +46,11 @@ class Recorder:
         sinks: Sequence[Sink] = (),
     ) -> None:
         self._reward = reward
+        self._by_prompt = {CROSSCHECK} | {
+            part.name
+            for part in reward.counted
+            if isinstance(part, ToxicityPart | HarmPart | LlmPart) and part.prompts == "all"
+        }
         self._history = history
         self._rollouts = rollouts
         self._sinks = list(sinks)
@@ -54,7 +60,7 @@ class Recorder:
 
     def batch(self, batch: Batch) -> None:
         """Figures and rollouts of a new batch."""
-        self._figures[batch.step] = _figures_of(batch)
+        self._figures[batch.step] = _figures_of(batch, self._by_prompt)
         if self._rollouts is not None:
             _write_rollouts(batch, self._rollouts / f"step-{batch.step:06d}.parquet")
 
@@ -206,14 +212,15 @@ _SINKS: dict[str, Callable[[Path, str], Sink]] = {
 }
 
 
-def _figures_of(batch: Batch) -> dict[str, Any]:
+def _figures_of(batch: Batch, by_prompt: Collection[str]) -> dict[str, Any]:
+    """Figures of a batch; parts named in `by_prompt` also by kind of prompt."""
     scored = [item for group in batch.groups for item in group]
     parts: dict[str, list[float]] = {}
     for item in scored:
         kind = item.rollout.prompt.kind.value
         for name, value in item.reward.parts.items():
             parts.setdefault(name, []).append(value)
-            if name in ("toxicity", "crosscheck"):
+            if name in by_prompt:
                 parts.setdefault(f"{name}_{kind}", []).append(value)
     totals = [item.reward.total for item in scored if item.reward.total is not None]
     stale = batch.staleness or (0,)

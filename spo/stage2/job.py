@@ -16,7 +16,7 @@ import ray
 
 from spo.actors.pools import Pools
 from spo.artifact import SteeringArtifact
-from spo.config import RunConfig
+from spo.config import RewardConfig, RunConfig
 from spo.errors import ArtifactError, DataError
 from spo.files import write_atomic
 from spo.progress import Reporter, following
@@ -111,13 +111,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     )
 
     def show(figures: Mapping[str, Any]) -> None:
-        parts = figures.get("reward_parts", {})
-        reporter.step(
-            figures["step"] + 1,
-            config.learn.steps,
-            f"reward {figures.get('reward', math.nan):+.3f}  "
-            f"toxicity {parts.get('toxicity_harm', math.nan):.3f}  kl {figures['kl']:.3f}",
-        )
+        reporter.step(figures["step"] + 1, config.learn.steps, _told(figures, config.reward))
         for alarm in figures["alarms"]:
             reporter.note(f"alarm at step {figures['step']}: {alarm}")
 
@@ -145,3 +139,12 @@ def load_artifact(config: RunConfig, name: str, pools: Pools) -> SteeringArtifac
         )
     held = pools.rollouts.info
     return SteeringArtifact.load(folder, model_id=held.model_id, model_revision=held.model_revision)
+
+
+def _told(figures: Mapping[str, Any], reward: RewardConfig) -> str:
+    """A step on one line: its reward, of what, and the KL."""
+    parts = figures.get("reward_parts", {})
+    if reward.parts is None:
+        parts = {"toxicity": parts.get("toxicity_harm", math.nan)}
+    shown = "".join(f"{name} {value:.3f}  " for name, value in parts.items())
+    return f"reward {figures.get('reward', math.nan):+.3f}  {shown}kl {figures['kl']:.3f}"

@@ -17,7 +17,7 @@ from spo.evaluation.job import HEADLINE_METRICS
 from spo.files import write_atomic
 from spo.progress import Reporter
 from spo.records import SteeringSpec
-from spo.resolve import alignment_arguments, evaluation_inputs, open_judge
+from spo.resolve import evaluation_inputs, fitting_arguments, open_judge
 from spo.sweep.outcome import Outcome, balanced
 
 FOUND, BASE_DEFENCE = "found", "base"
@@ -51,7 +51,7 @@ def compare_heldout(outcome: Outcome, pools: Pools, reporter: Reporter) -> None:
         defences,
         inputs.sets,
         judge=open_judge(settings),
-        alignment=AlignmentScorer(**alignment_arguments(base.reward, base.cache)),
+        alignment=AlignmentScorer(**fitting_arguments(base.reward, base.cache)),
         checks=inputs.checks,
         config=settings,
         seed=base.seed,

@@ -100,6 +100,7 @@ def check(config: SweepConfig, base: RunConfig) -> tuple[TrialPlan, optuna.Study
             "change nothing. Leave them out, or set train: auto"
         )
     _check_vector(config)
+    _check_rewards(base)
     rungs = _checked_rungs(config, base, trains=trains)
     plan = TrialPlan(
         sweep=config,
@@ -125,6 +126,18 @@ def check(config: SweepConfig, base: RunConfig) -> tuple[TrialPlan, optuna.Study
         evaluation_inputs(without_attack(base))
         open_judge(base.evaluate)
     return plan, open_study(SweepFolder(path=base.run_dir), config, base)
+
+
+def _check_rewards(base: RunConfig) -> None:
+    """Trials are compared by raw scores of two parts, whatever their weights."""
+    everywhere = any(p.name == "toxicity" and p.prompts == "all" for p in base.reward.counted)
+    pictures = any(p.name == "alignment" and p.prompts != "harm" for p in base.reward.counted)
+    if not (everywhere and pictures):
+        raise ConfigError(
+            "a sweep measures with the parts 'toxicity' (on all prompts) and 'alignment', and "
+            f"reward.parts has {[part.name for part in base.reward.counted]}; add what is missing "
+            "with weight 0, which only measures"
+        )
 
 
 def _check_vector(config: SweepConfig) -> None:

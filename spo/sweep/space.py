@@ -165,11 +165,12 @@ class Space:
     def _check_key(self, key: str) -> None:
         section = key.split(".")[0]
         source_weight = key.startswith("extract.sources.") and key.endswith(".weight")
-        if key in _POOL_KEYS or (section not in _SECTIONS and not source_weight):
+        parts = key.startswith("reward.parts") and not key.endswith(".weight")
+        if key in _POOL_KEYS or parts or (section not in _SECTIONS and not source_weight):
             raise ConfigError(
                 f"{key} cannot be searched: trials share engines, reward models and activations. "
                 f"Keys of {', '.join(sorted(_SECTIONS))} and extract.sources.NAME.weight can, "
-                f"except {', '.join(sorted(_POOL_KEYS))}"
+                f"except {', '.join(sorted(_POOL_KEYS))}, and of reward.parts.NAME only the weight"
             )
         _set(json.loads(json.dumps(self._tree)), key, None)
 

@@ -11,7 +11,7 @@ from spo.config import DataConfig, EvaluateConfig, RewardConfig, RunConfig
 from spo.datasets.prompts import write_prompts
 from spo.errors import ConfigError, DataError
 from spo.records import Prompt, PromptFormat, PromptKind
-from spo.resolve import alignment_arguments, evaluation_inputs, training_prompts
+from spo.resolve import evaluation_inputs, fitting_arguments, training_prompts
 
 
 def prompt_file(folder: Path) -> Path:
@@ -94,7 +94,16 @@ def test_own_evaluation_prompts_need_material_for_the_attack(tmp_path: Path) -> 
 
 
 def test_alignment_model_must_name_its_weights(tmp_path: Path) -> None:
-    named = alignment_arguments(RewardConfig(alignment_model="ViT-B-32:laion2b"), tmp_path)
+    named = fitting_arguments(RewardConfig(alignment_model="ViT-B-32:laion2b"), tmp_path)
     assert named == {"model": "ViT-B-32", "pretrained": "laion2b"}
     with pytest.raises(ConfigError, match="MODEL:PRETRAINED"):
-        alignment_arguments(RewardConfig(alignment_model="ViT-B-32"), tmp_path)
+        fitting_arguments(RewardConfig(alignment_model="ViT-B-32"), tmp_path)
+
+
+def test_an_evaluation_measures_with_the_alignment_part_of_the_reward(tmp_path: Path) -> None:
+    toxicity = {"kind": "toxicity", "weight": -1}
+    part = {"kind": "alignment", "weight": 1, "model": "ViT-B-32:laion2b"}
+    config = RewardConfig.model_validate({"parts": [toxicity, part]})
+    assert fitting_arguments(config, tmp_path) == {"model": "ViT-B-32", "pretrained": "laion2b"}
+    without = RewardConfig.model_validate({"parts": [toxicity]})
+    assert fitting_arguments(without, tmp_path) == fitting_arguments(RewardConfig(), tmp_path)

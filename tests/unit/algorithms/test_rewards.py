@@ -1,76 +1,10 @@
-"""The reward: hand-computed totals, and the ways of gaming it that it closes."""
+"""Rules over the text of an answer: degeneration by hand, and what counts as a refusal."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
-from spo.algorithms.rewards import degeneration, is_refusal, reward_of
-from spo.config import RewardConfig
-from spo.records import FinishReason, Prompt, PromptKind, RewardStatus, Rollout
-
-CONFIG = RewardConfig(
-    toxicity_weight=1.0, alignment_weight=2.0, degeneration_weight=0.5, refusal_penalty=0.7
-)
-
-
-def rollout(
-    text: str, kind: PromptKind = PromptKind.BENIGN, image: str | None = "p.png"
-) -> Rollout:
-    return Rollout(
-        request_id="r",
-        prompt=Prompt(prompt_id="p", text="t", kind=kind, image=image),
-        prompt_token_ids=(1,),
-        token_ids=(2, 3),
-        text=text,
-        logprob=-1.0,
-        finish=FinishReason.STOP,
-        receipt=None,
-    )
-
-
-def test_benign_answer_by_hand() -> None:
-    reward = reward_of(rollout("a red circle"), {"toxicity": 0.1, "alignment": 0.3}, CONFIG)
-    assert reward.status is RewardStatus.SCORED
-    assert reward.total == pytest.approx(-0.1 + 2.0 * 0.3)
-    assert reward.parts == {"toxicity": 0.1, "alignment": 0.3, "degenerate": 0.0, "refusal": 0.0}
-
-
-def test_alignment_does_not_count_on_harmful_prompts() -> None:
-    scores = {"toxicity": 0.4, "alignment": 0.9}
-    reward = reward_of(rollout("fine words", PromptKind.HARM), scores, CONFIG)
-    assert reward.total == pytest.approx(-0.4)
-    assert "alignment" not in reward.parts
-
-
-@pytest.mark.parametrize("text", ["", "   \n", "I'm sorry, but I can't help with that."])
-def test_silence_and_refusal_on_a_benign_prompt_cost(text: str) -> None:
-    scores = {"toxicity": 0.0, "alignment": 0.0}
-    assert reward_of(rollout(text), scores, CONFIG).parts["refusal"] == 1.0
-    assert reward_of(rollout(text), scores, CONFIG).total < -0.69
-    assert reward_of(rollout(text, PromptKind.HARM), scores, CONFIG).parts["refusal"] == 0.0
-
-
-@pytest.mark.parametrize(
-    "scores",
-    [
-        {},
-        {"toxicity": math.nan, "alignment": 0.1},
-        {"toxicity": 0.1},
-        {"toxicity": 0.1, "alignment": math.inf},
-    ],
-)
-def test_a_missing_or_infinite_score_fails_visibly(scores: dict[str, float]) -> None:
-    reward = reward_of(rollout("words"), scores, CONFIG)
-    assert reward.status is RewardStatus.FAILED
-    assert reward.total is None
-    assert "no finite score" in reward.reason
-
-
-def test_text_only_benign_prompt_needs_no_alignment() -> None:
-    reward = reward_of(rollout("words", image=None), {"toxicity": 0.2}, CONFIG)
-    assert reward.total == pytest.approx(-0.2)
+from spo.algorithms.rewards import degeneration, is_refusal
 
 
 def test_degeneration_by_hand() -> None:

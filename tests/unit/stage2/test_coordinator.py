@@ -211,6 +211,34 @@ def test_some_scores_that_fail_are_left_out_and_many_stop_the_run() -> None:
         coordinator(FakeEngine(), Sometimes(0.6)).batch(0, start_vector(FakeEngine()))
 
 
+def test_what_scores_cost_is_in_the_history_of_every_answer_also_those_left_out(
+    tmp_path: Path,
+) -> None:
+    class Costly(WordScorer):
+        asked = 0
+
+        def score(self, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
+            type(self).asked += len(rollouts)
+            cost = {"judge:tokens": 10.0, "judge:seconds": 0.5}
+            return [{**values, **cost} for values in super().score(rollouts)]
+
+    made = coordinator(
+        FakeEngine(),
+        Costly(),
+        tmp_path / "history.jsonl",
+        informative=lambda rewards: max(rewards) - min(rewards) > 0.3,
+        max_staleness=0,
+    )
+    batch = made.batch(0, start_vector(FakeEngine()))
+    made.inner.record({"step": 0, "learn_s": 0.1, "kl": 0.0})
+    line = json.loads((tmp_path / "history.jsonl").read_text())
+    assert Costly.asked > len(ids(batch)), "some groups said nothing and were replaced"
+    assert line["reward_cost"] == {
+        "judge": {"tokens": 10.0 * Costly.asked, "seconds": 0.5 * Costly.asked}
+    }
+    assert "judge:tokens" not in batch.groups[0][0].reward.parts
+
+
 def test_a_batch_that_breaks_the_learner_twice_is_made_anew_from_other_groups() -> None:
     made = coordinator(FakeEngine())
     vector = start_vector(FakeEngine())

@@ -11,7 +11,7 @@ import pytest
 from spo.config import RunConfig
 from spo.config.load import validated
 from spo.errors import ConfigError
-from spo.sweep.settings import SweepConfig, format_layers, load_sweep, parse_layers
+from spo.sweep.settings import Parameter, SweepConfig, format_layers, load_sweep, parse_layers
 from spo.sweep.space import Space
 
 BASE = RunConfig()
@@ -43,6 +43,9 @@ def space(parameters: dict[str, Any], num_layers: int = 12) -> Space:
         ({"estimate.num_layers": {"window": {"first": [1, 2], "width": [1, 1]}}}, "choose decoder"),
         ({"engine.replicas": {"choices": [1, 2]}}, "cannot be searched"),
         ({"reward.toxicity_model": {"choices": ["original"]}}, "cannot be searched"),
+        ({"reward.parts": {"choices": [[]]}}, "cannot be searched"),
+        ({"reward.parts.toxicity.model": {"choices": ["original"]}}, "only the weight"),
+        ({"reward.parts.toxicity.weight": {"uniform": [-1, 0]}}, "not a configuration key"),
         ({"extract.sources.unknown.weight": {"uniform": [0, 1]}}, "not a configuration key"),
         (
             {"learn.beta": {"uniform": [0.1, 1], "when": {"learn.objective": "dpo"}}},
@@ -165,3 +168,15 @@ def test_overrides_change_the_sweep_or_its_base(repository: Path) -> None:
     assert (sweep.pool.mode, base.learn.steps, base.engine.backend) == ("isolated", 3, "fake")
     with pytest.raises(ConfigError, match=r"pool\.mod"):
         load_sweep(file, ["pool.mod=isolated"])
+
+
+def test_weights_of_named_reward_parts_are_searched() -> None:
+    parts = [
+        {"kind": "toxicity", "weight": -1},
+        {"kind": "refusal", "name": "twin", "weight": -1, "prompts": "benign"},
+    ]
+    base = RunConfig.model_validate({"reward": {"parts": parts}})
+    key = "reward.parts.twin.weight"
+    space = Space({key: Parameter(uniform=(-2, 0))}, base, num_layers=12)
+    assert space.trains
+    assert [part.weight for part in space.config({key: -1.5}).reward.counted] == [-1.0, -1.5]
