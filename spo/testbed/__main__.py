@@ -57,9 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (alignment, everything):
         command.add_argument("--workers", type=int, default=2, help="processes that draw scenes")
         command.add_argument("--seconds", type=float, default=150.0, help="time of the optimiser")
-    guard.add_argument("--minutes", type=float, default=4.0, help="time of the optimiser")
+    guard.add_argument("--minutes", type=float, default=5.0, help="time of the optimiser")
     guard.add_argument("--start", type=Path, help="weights of the lessons before (the package's)")
-    guard.add_argument("--learning-rate", type=float, default=5e-4, help="peak rate")
+    guard.add_argument("--learning-rate", type=float, default=1e-3, help="peak rate")
     guard.add_argument("--max-steps", type=int, default=0, help="end after so many steps")
     guard.add_argument("--batch-size", type=int, default=448, help="drawn samples in a step")
     guard.add_argument("--texts", type=int, default=24000, help="texts of the original model")
