@@ -13,6 +13,7 @@ from typing import Any
 
 from spo.actors.picture_tasks import AttackJob, pictures_of
 from spo.attacks.drawing import draw_text
+from spo.attacks.objectives import wanted
 from spo.attacks.templates import template_prompts
 from spo.attacks.typographic import typographic_prompts
 from spo.config import AttackConfig, RunConfig
@@ -150,7 +151,7 @@ def _job(
     each = attack.target == "prompt"
     attacked = next(part for part in inputs.sets if part.condition == inputs.attacked)
     prompts = attacked.prompts if each else inputs.attack_prompts
-    targets = inputs.attack_targets
+    targets = wanted(attack.objective, inputs.attack_targets)
     if each:
         targets = tuple(targets[i % len(targets)] for i in range(len(prompts)))
     return AttackJob(
