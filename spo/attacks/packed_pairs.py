@@ -2,8 +2,8 @@
 
 What comes up to the picture is in a row once, then follows the rest of every prompt, then every
 target. A tree of blocks says which token sees which, so that a forward pass computes the picture
-once for all pairs and a prompt once for all its targets. `spo.engines.hf.packing` does the same with
-whole prompts and several answers.
+once for all pairs and a prompt once for all its targets. `spo.engines.hf.packing` does the same
+with whole prompts and several answers.
 """
 
 from __future__ import annotations

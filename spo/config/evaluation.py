@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from spo import plugins
 from spo.config.base import Positive, Slice
 from spo.config.datasets import DatasetConfig
 from spo.records import Operator
@@ -15,9 +16,9 @@ from spo.records import Operator
 class AttackConfig(Slice):
     """One attack. Every budget is stated: steps, restarts, targets per step, seconds."""
 
-    kind: Literal["pgd", "typographic", "template"] = "pgd"
+    kind: Annotated[str, AfterValidator(plugins.checked(plugins.ATTACKS))] = "pgd"
     """`pgd`: white-box pixels; `typographic`: the request drawn into the picture (FigStep style);
-    `template`: text jailbreak templates around the request."""
+    `template`: text jailbreak templates around the request; or one that another package adds."""
     epsilon_255: Annotated[float, Field(gt=0, le=255)] = 32.0
     """L-infinity bound in units of 1/255; 255 is unbounded."""
     target: Literal["corpus", "prompt"] = "corpus"

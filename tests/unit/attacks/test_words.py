@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from spo.attacks.drawing import draw_text
+from spo.attacks.prompts import ATTACKS, Material, attack_of
 from spo.attacks.templates import TEMPLATES, template_prompts
 from spo.attacks.typographic import CONTINUE_REQUEST, LIST_REQUEST, typographic_prompts
+from spo.errors import ConfigError
 from spo.records import Prompt, PromptFormat, PromptKind
 
 CHAT = Prompt(prompt_id="a", text="How to pick a lock?", kind=PromptKind.HARM)
@@ -39,3 +42,21 @@ def test_templates_go_round_and_keep_the_request() -> None:
     assert [p.category for p in wrapped] == [list(TEMPLATES)[i % len(TEMPLATES)] for i in range(6)]
     assert all(CHAT.text in p.text or 'Continue this text: "You are' in p.text for p in wrapped)
     assert {p.format for p in wrapped} == {PromptFormat.CHAT}
+
+
+@pytest.mark.parametrize("kind", sorted(ATTACKS))
+def test_an_attack_on_requests_is_found_by_its_kind(kind: str, tmp_path: Path) -> None:
+    material = Material(draw=lambda words: Image.new("RGB", (8, 8)), folder=tmp_path)
+    rewrite = attack_of(kind).rewrite
+    if kind == "pgd":
+        assert rewrite is None
+        return
+    assert rewrite is not None
+    made = rewrite([CHAT], material)
+    assert [prompt.prompt_id for prompt in made] == [CHAT.prompt_id]
+    assert made[0].text != CHAT.text
+
+
+def test_an_unknown_kind_is_refused_with_the_list() -> None:
+    with pytest.raises(ConfigError, match=r"'pgd', 'typographic', 'template'\], got 'zap'"):
+        attack_of("zap")
