@@ -29,7 +29,6 @@ from spo.config import EngineConfig, EstimateConfig, ModelConfig, RunConfig, Ste
 from spo.config.load import validated
 from spo.engines.base import Capture, Engine, EngineInfo, confirm
 from spo.engines.factory import open_engine
-from spo.engines.reading import capture_requests
 from spo.errors import ConfigError, EngineError, SteeringError
 from spo.items import Form, Item, member_of, prompts_of
 from spo.records import (
@@ -48,6 +47,7 @@ from spo.stage1.activations import (
     digest_of_rows,
     steering_vector,
 )
+from spo.stage1.reading import capture_requests
 
 _BACKENDS: dict[str, Literal["hf", "vllm"]] = {"transformers": "hf", "vllm": "vllm"}
 _SOURCE = "lists"

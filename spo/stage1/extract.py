@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from spo.config import ExtractConfig
 from spo.engines.base import Capture, Engine
-from spo.engines.reading import capture_requests
 from spo.errors import DataError, SpoError, StageError
 from spo.files import write_atomic
 from spo.stage1.activations import (
@@ -38,6 +37,7 @@ from spo.stage1.activations import (
     row_from_json,
     row_to_json,
 )
+from spo.stage1.reading import capture_requests
 
 _STARTED = "extraction.json"
 _COLUMNS = ("row_id", "source", "side", "mean", "norm", "tokens", "reason", "model")
