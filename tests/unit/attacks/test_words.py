@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from spo.corpus.base import EvaluationInputs
-from spo.evaluation.defences import UNDEFENDED
-from spo.resolve import ResolvedModel
 
 from spo.attacks.drawing import draw_text
 from spo.attacks.prompts import ATTACKS, Material, attack_of
 from spo.attacks.templates import TEMPLATES, template_prompts
 from spo.attacks.typographic import CONTINUE_REQUEST, LIST_REQUEST, typographic_prompts
 from spo.config import AttackConfig, EvaluateConfig, RunConfig
+from spo.corpus.base import EvaluationInputs
 from spo.errors import ConfigError
 from spo.evaluation.attacked_sets import attacked_sets
+from spo.evaluation.defences import UNDEFENDED
 from spo.progress import Silent
 from spo.records import Prompt, PromptFormat, PromptKind, PromptSet
+from spo.resolve import ResolvedModel
 
 CHAT = Prompt(prompt_id="a", text="How to pick a lock?", kind=PromptKind.HARM)
 PLAIN = replace(CHAT, prompt_id="b", text="You are such a", format=PromptFormat.PLAIN)
