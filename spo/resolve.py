@@ -15,9 +15,7 @@ from spo.config import DataConfig, EvaluateConfig, ModelConfig, RewardConfig, Ru
 from spo.config.rewards import (
     AlignmentPart,
     AnyRewardPart,
-    DegenerationPart,
     HarmPart,
-    LlmPart,
     RefusalPart,
     ToxicityPart,
 )
@@ -26,7 +24,7 @@ from spo.corpus.base import EvaluationInputs
 from spo.errors import ConfigError, SpoError
 from spo.records import Prompt, PromptKind, QuarantinedRow
 from spo.scorers.base import Judge, SuccessJudge
-from spo.scorers.rewards import REWARDS, alignment_arguments
+from spo.scorers.rewards import alignment_arguments, kind_of
 from spo.testbed import corpus as testbed
 
 TESTBED = "testbed"
@@ -68,11 +66,10 @@ def reward_parts(config: RewardConfig, cache: Path) -> tuple[AnyRewardPart, ...]
 
 
 def _opening(part: AnyRewardPart, cache: Path) -> AnyRewardPart:
-    if not part.needs_model or isinstance(part, LlmPart | DegenerationPart):
-        found: AnyRewardPart = part
-    else:
+    found: AnyRewardPart = part
+    if part.needs_model and isinstance(part, ToxicityPart | AlignmentPart | RefusalPart | HarmPart):
         found = part.model_copy(update={"model": _model_of(part, cache)})
-    check = REWARDS[part.kind].check
+    check = kind_of(part).check
     if check is None or not part.needs_model:
         return found
     try:

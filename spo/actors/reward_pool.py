@@ -20,7 +20,7 @@ from spo.config.rewards import CROSSCHECK, AnyRewardPart
 from spo.engines.processing import load_image
 from spo.errors import ScorerError, StageError
 from spo.records import Rollout
-from spo.scorers.rewards import REWARDS, PartScorer, Place, Scored, raw_scores
+from spo.scorers.rewards import PartScorer, Place, Scored, kind_of, raw_scores
 
 if TYPE_CHECKING:
     from spo.scorers.crosscheck import CrossCheck
@@ -46,7 +46,7 @@ class ScorerActor:
         self._here: list[tuple[AnyRewardPart, PartScorer]] = []
         self._remote: list[tuple[AnyRewardPart, PartScorer]] = []
         for part in parts:
-            kind = REWARDS[part.kind]
+            kind = kind_of(part)
             if part.needs_model and kind.open is not None:
                 (self._remote if kind.remote else self._here).append((part, kind.open(part, place)))
         self._crosscheck: CrossCheck | None = None

@@ -1,15 +1,18 @@
 """Configuration of the parts of a reward: one class a kind, joined on `kind`.
 
-Adding one: a class here and in `AnyRewardPart`, a line in `spo.scorers.rewards.REWARDS` with the
-function or scorer behind it, a test.
+Adding one: a class here and in `_OwnPart`, a line in `spo.scorers.rewards.REWARDS` with the rule or
+scorer behind it, a test. Another package adds a `RewardKind` by an entry point of group
+`spo.rewards`; its parts are `AddedPart`s.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
+from spo import plugins
 from spo.config.base import Slice
 from spo.config.llm import QUESTION, LlmAddress
 from spo.records import Prompt, PromptKind
@@ -39,7 +42,8 @@ class RewardPart(Slice):
     @classmethod
     def _named(cls, data: Any) -> Any:
         if isinstance(data, dict) and not data.get("name"):
-            return {**data, "name": data.get("kind") or cls.model_fields["kind"].default}
+            kind = str(data.get("kind") or cls.model_fields["kind"].default)
+            return {**data, "name": re.sub(r"[^a-z0-9]+", "-", kind.lower())}
         return data
 
     def counts_on(self, prompt: Prompt) -> bool:
@@ -140,9 +144,32 @@ class LlmPart(RewardPart, LlmAddress):
         return self
 
 
+class AddedPart(RewardPart):
+    """A kind that another package adds."""
+
+    kind: Annotated[str, AfterValidator(plugins.checked(plugins.REWARDS))]
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Whatever that kind takes; its rule or scorer gets the whole part."""
+
+    @property
+    def needs_model(self) -> bool:
+        """See `RewardPart`."""
+        return plugins.find(plugins.REWARDS, self.kind).rule is None
+
+
+_OwnPart = ToxicityPart | AlignmentPart | DegenerationPart | RefusalPart | HarmPart | LlmPart
+_OWN = {kind.model_fields["kind"].default for kind in get_args(_OwnPart)}
+
+
+def _whose(part: Any) -> str:
+    kind = part.get("kind") if isinstance(part, dict) else getattr(part, "kind", None)
+    return "own" if kind in _OWN else "added"
+
+
 AnyRewardPart = Annotated[
-    ToxicityPart | AlignmentPart | DegenerationPart | RefusalPart | HarmPart | LlmPart,
-    Field(discriminator="kind"),
+    Annotated[_OwnPart, Field(discriminator="kind"), Tag("own")]
+    | Annotated[AddedPart, Tag("added")],
+    Discriminator(_whose),
 ]
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, model_validator
 
+from spo import plugins
 from spo.config.base import Fraction, Location, Positive, Slice
 from spo.config.evaluation import AttackConfig, EvaluateConfig
 from spo.config.serving import ServeConfig
@@ -112,10 +113,11 @@ class RunConfig(Slice):
 
     @model_validator(mode="after")
     def _learns_from_what_it_samples(self) -> RunConfig:
-        if self.rollout.static and self.learn.objective in ("rloo", "gspo"):
+        if self.rollout.static and plugins.find(plugins.OBJECTIVES, self.learn.objective).on_policy:
+            fit = [n for n, o in plugins.built_in(plugins.OBJECTIVES).items() if not o.on_policy]
             raise ValueError(
                 f"rollout.static goes with an objective on pairs, got {self.learn.objective!r}; "
-                "set learn.objective to dpo, simpo, bipo or reps"
+                f"set learn.objective to {', '.join(fit[:-1])} or {fit[-1]}"
             )
         return self
 
@@ -133,6 +135,12 @@ class RunConfig(Slice):
                     f"reward part {part.name!r} and a judge of the evaluation are one model, "
                     f"{named[1]}: what is rewarded cannot also be the measure; change one of them"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _plugins_are_sound(self) -> RunConfig:
+        for group in plugins.HOMES:  # a name used twice is an error even where a default is taken
+            plugins.names(group)
         return self
 
     @property

@@ -5,8 +5,15 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
+from spo import plugins
 from spo.config.base import Fraction, Labels, Positive, Slice
 from spo.config.rewards import (
     AlignmentPart,
@@ -192,7 +199,8 @@ class RewardConfig(Slice):
 class LearnConfig(Slice):
     """Stage II."""
 
-    objective: Literal["dpo", "simpo", "bipo", "reps", "rloo", "gspo"] = "rloo"
+    objective: Annotated[str, AfterValidator(plugins.checked(plugins.OBJECTIVES))] = "rloo"
+    """A built-in objective (`spo.algorithms.objectives`) or one that another package adds."""
     artifact: Annotated[str, Field(pattern=r"^[\w-]+$")] = "spo"
     """Folder of the run that the vector is written to; a baseline of the same run needs its own."""
     start: Annotated[str, Field(pattern=r"^[\w-]+$")] = "stage1"
@@ -211,8 +219,7 @@ class LearnConfig(Slice):
     """What is trained: each layer's direction; each layer's strength alone (a factor on it); the
     calibration activation, which is the offset of the `adaptive` and `clamp` gates."""
     beta: Annotated[float, Field(gt=0)] | None = None
-    """Inverse temperature of a preference pair; None takes the objective's own: 2.5 for `simpo`,
-    1 for `reps`, else 0.1."""
+    """Inverse temperature of a preference pair; None takes the objective's own."""
     gamma: Annotated[float, Field(ge=0)] = 1.375
     """Target margin of `simpo`."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -277,8 +284,3 @@ class LearnConfig(Slice):
         if self.schedule == "constant":
             return 1.0
         return max(self.steps - step, 1) / max(self.steps - self.warmup_steps, 1)
-
-    @property
-    def temperature(self) -> float:
-        """`beta`, or the objective's own."""
-        return self.beta or {"simpo": 2.5, "reps": 1.0}.get(self.objective, 0.1)

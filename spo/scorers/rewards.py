@@ -4,7 +4,8 @@
 
 A kind is a rule over the answer, which needs no model and is computed where it is asked for, or a
 scorer, which is opened once in each reward actor, or both, as the part's settings say. Adding one:
-its configuration in `spo.config.rewards`, a line in `REWARDS`, a test.
+its configuration in `spo.config.rewards`, a line in `REWARDS`, a test. Another package adds a
+`RewardKind` by an entry point of group `spo.rewards`.
 
 A part that counts and has no finite score makes the whole reward FAILED, never 0: a missing penalty
 would be a gift.
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from spo import plugins
 from spo.algorithms.rewards import degeneration, is_refusal
 from spo.config import RewardConfig
 from spo.config.rewards import (
@@ -78,11 +80,11 @@ class RewardKind:
     """What is behind a kind of part.
 
     Example:
-        RewardKind(rule=lambda rollout: 1.0 / (1 + len(rollout.text)))
+        RewardKind(rule=lambda rollout, part: 1.0 / (1 + len(rollout.text)))
     """
 
-    rule: Callable[[Rollout], float] | None = None
-    """Score of one answer, without a model."""
+    rule: Callable[[Rollout, Any], float] | None = None
+    """Score of one answer by the part's settings, without a model."""
     open: Callable[[Any, Place], PartScorer] | None = None
     """Loads the part's model; its settings come with names resolved to places."""
     check: Callable[[Any], None] | None = None
@@ -101,27 +103,41 @@ def reward_of(rollout: Rollout, scores: Mapping[str, float], config: RewardConfi
     """
     parts: dict[str, float] = {}
     terms: list[float] = []
+    raised = ""
     for part in config.counted:
         if not part.counts_on(rollout.prompt):
             terms.append(0.0)
             continue
-        rule = None if part.needs_model else REWARDS[part.kind].rule
-        value = scores.get(part.name, math.nan) if rule is None else rule(rollout)
-        parts[part.name] = float(value)
-        terms.append(part.weight * float(value))
+        rule = None if part.needs_model else kind_of(part).rule
+        if rule is None:
+            value = float(scores.get(part.name, math.nan))
+        else:
+            try:
+                value = float(rule(rollout, part))
+            except Exception as error:  # noqa: BLE001 a package's rule: the reward fails and says why
+                value = math.nan
+                raised += f"; {part.name} raised {type(error).__name__}: {error}"
+        parts[part.name] = value
+        terms.append(part.weight * value)
     unusable = sorted(name for name, value in parts.items() if not math.isfinite(value))
     if unusable:
         return Reward(
             status=RewardStatus.FAILED,
             total=None,
             parts={name: value for name, value in parts.items() if name not in unusable},
-            reason=f"no finite score for {unusable}",
+            reason=f"no finite score for {unusable}{raised}",
         )
     # Never rewarded: kept to be compared with toxicity.
     if math.isfinite(scores.get(CROSSCHECK, math.nan)):
         parts[CROSSCHECK] = float(scores[CROSSCHECK])
     total = reduce(float.__add__, terms)  # in order: `sum` rounds otherwise in newer Pythons
     return Reward(status=RewardStatus.SCORED, total=total, parts=parts)
+
+
+def kind_of(part: AnyRewardPart) -> RewardKind:
+    """What is behind a part, built in or added by another package."""
+    found: RewardKind = plugins.find(plugins.REWARDS, part.kind)
+    return found
 
 
 def costs_of(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -142,7 +158,8 @@ def raw_scores(part: AnyRewardPart, scored: Scored) -> dict[str, float]:
     return {part.name: scored.value, **cost}
 
 
-def _degenerate(rollout: Rollout) -> float:
+def _degenerate(rollout: Rollout, part: object) -> float:
+    del part
     return degeneration(rollout.text)
 
 
@@ -151,7 +168,8 @@ def _silent(rollout: Rollout) -> bool:
     return rollout.prompt.kind is PromptKind.BENIGN and not rollout.text.strip()
 
 
-def _refused(rollout: Rollout) -> float:
+def _refused(rollout: Rollout, part: object) -> float:
+    del part
     return float(_silent(rollout) or is_refusal(rollout.text))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from spo.actors.picture_tasks import AttackJob, pictures_of
 from spo.artifact import SteeringArtifact
+from spo.attacks.objectives import wanted
 from spo.config import RunConfig
 from spo.corpus.base import harmful_share, target_sentences
 from spo.errors import ConfigError
@@ -114,7 +115,7 @@ def _jobs(
             picture=picture,
             folder=config.run_dir / _FOLDER,
             prompts=material.requests,
-            targets=material.targets,
+            targets=wanted(attack.objective, material.targets),
             config=attack,
             learn=config.learn,
             seed=config.seed + _OTHER_TARGETS + number,

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from spo.actors.reward_pool import ScorerActor
 from spo.algorithms.rewards import degeneration, is_refusal
 from spo.config import RewardConfig, RunConfig, load_config
-from spo.config.rewards import LlmPart, RewardPart
+from spo.config.rewards import AddedPart, LlmPart, RewardPart
 from spo.errors import ConfigError
 from spo.records import (
     Batch,
@@ -33,7 +33,7 @@ from spo.records import (
     ScoredRollout,
 )
 from spo.resolve import reward_parts
-from spo.scorers.rewards import REWARDS, costs_of, reward_of
+from spo.scorers.rewards import REWARDS, RewardKind, costs_of, reward_of
 from spo.stage2.history import Recorder
 from tests.llm_server import LlmServer, llm_server
 from tests.tiny_models import make_tiny_classifier
@@ -246,9 +246,25 @@ def test_bad_parts_are_refused(case: str) -> None:
 
 
 def test_every_kind_of_the_configuration_is_behind_one_line() -> None:
-    kinds = {kind.model_fields["kind"].default for kind in descendants(RewardPart)}
+    parts = descendants(RewardPart) - {AddedPart}
+    kinds = {kind.model_fields["kind"].default for kind in parts}
     assert kinds == set(REWARDS)
     assert all(kind.rule or kind.open for kind in REWARDS.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(math.nan, "no finite score for ['odd']"), (None, "odd raised TypeError")]
+)
+def test_a_rule_without_a_usable_score_fails_the_reward(
+    monkeypatch: pytest.MonkeyPatch, value: object, reason: str
+) -> None:
+    monkeypatch.setitem(REWARDS, "odd", RewardKind(rule=lambda rollout, part: value))  # type: ignore[arg-type,return-value]
+    config = with_parts({"kind": "odd", "weight": 1}, HARM)
+    reward = reward_of(rollout("words"), {"toxicity": 0.25}, config)
+    assert reward.status is RewardStatus.FAILED
+    assert reward.total is None
+    assert reason in reward.reason
+    assert reward.parts == {"toxicity": 0.25}, "what was scored is kept"
 
 
 def descendants(kind: type[RewardPart]) -> set[type[RewardPart]]:
