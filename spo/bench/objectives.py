@@ -30,7 +30,7 @@ from spo.records import Batch
 from spo.resolve import learner_model, open_corpus, open_judge
 from spo.stage1.job import run_estimate, run_extract
 from spo.stage2.attacked_prompts import with_attacked
-from spo.stage2.coordinator_actor import make_coordinator
+from spo.stage2.coordinator_actor import LoopSettings, make_coordinator
 from spo.stage2.coordinator_thread import BackgroundLoop
 from spo.stage2.job import load_artifact
 from spo.stage2.learner import Update, VectorLearner
@@ -151,7 +151,14 @@ def _refine(
     history.write_text("")
     engines = config.engine
     timeout_s = float(engines.start_timeout_s + 2 * engines.request_timeout_s)
-    coordinator = make_coordinator(prompts, config, pools.rollouts, pools.rewards, history)
+    settings = LoopSettings(
+        seed=config.seed,
+        steering=config.steering,
+        rollout=config.rollout,
+        reward=config.reward,
+        learn=config.learn,
+    )
+    coordinator = make_coordinator(prompts, settings, pools.rollouts, pools.rewards, history)
     learner = VectorLearner(engine, start.vector, steering=config.steering, config=config.learn)
     updates: list[Update] = []
 

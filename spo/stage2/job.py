@@ -27,7 +27,7 @@ from spo.run_folder import keep_quarantined
 from spo.stage1.job import build_artifact
 from spo.stage2.attacked_prompts import with_attacked
 from spo.stage2.coordinator import VECTOR_NAME
-from spo.stage2.coordinator_actor import start_coordinator
+from spo.stage2.coordinator_actor import LoopSettings, start_coordinator
 from spo.stage2.worker import TrainLoopSettings, fit
 
 
@@ -94,17 +94,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     )
     history = config.run_dir / f"history-{digest}.jsonl"
     history.touch()
-    prompts = with_attacked(
-        task.prompts,
-        config.data,
-        corpus=open_corpus(config.corpus),
-        start=start,
-        workshop=Workshop(
-            model=pools.model, learn=config.learn, run_dir=config.run_dir, seed=config.seed
-        ),
-        reporter=reporter,
-    )
-    coordinator = start_coordinator(config, prompts, pools.prefix, history)
+    coordinator = _coordinator(config, task, pools, history, reporter)
     settings = TrainLoopSettings(
         model=learner_model(config.engine, pools.model),
         revision=pools.model.revision,
@@ -144,6 +134,30 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     note = {"digest": digest, "sha256": artifact.vector.sha256}
     write_atomic(_note_path(config), json.dumps(note).encode())
     return artifact
+
+
+def _coordinator(
+    config: RunConfig, task: Task, pools: Pools, history: Path, reporter: Reporter
+) -> Any:
+    """The coordinator's actor, on the training prompts with their attacked pictures."""
+    prompts = with_attacked(
+        task.prompts,
+        config.data,
+        corpus=open_corpus(config.corpus),
+        start=task.start,
+        workshop=Workshop(
+            model=pools.model, learn=config.learn, run_dir=config.run_dir, seed=config.seed
+        ),
+        reporter=reporter,
+    )
+    loop = LoopSettings(
+        seed=config.seed,
+        steering=config.steering,
+        rollout=config.rollout,
+        reward=config.reward,
+        learn=config.learn,
+    )
+    return start_coordinator(loop, config.engine, prompts, pools.prefix, history)
 
 
 def load_artifact(config: RunConfig, name: str, pools: Pools) -> SteeringArtifact:
