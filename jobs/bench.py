@@ -129,13 +129,13 @@ def _learner(chosen: argparse.Namespace) -> None:
 
 
 def _objectives(chosen: argparse.Namespace) -> None:
+    from jobs import command
     from spo.bench.objectives import compare
     from spo.config import load_config
     from spo.progress import ConsoleReporter
-    from spo.session import connect
 
     config = load_config(chosen.config, chosen.overrides)
-    with connect.cluster(config):
+    with command.cluster(config):
         path = compare(config, ConsoleReporter(), seeds=chosen.seeds)
     print(path.read_text())
 
@@ -144,12 +144,11 @@ def _sweep(chosen: argparse.Namespace) -> None:
     from jobs import command
     from spo.bench.sweep import compare_pools, table
     from spo.progress import ConsoleReporter
-    from spo.session import connect
     from spo.sweep.settings import load_sweep
 
     with command.errors_for_people():
         sweep, base = load_sweep(chosen.config, chosen.overrides)
-        with connect.cluster(base):
+        with command.cluster(base):
             speeds = compare_pools(
                 sweep,
                 base,
@@ -169,10 +168,10 @@ def _extract(chosen: argparse.Namespace) -> None:
 
 
 def _serving(chosen: argparse.Namespace) -> None:
-    from spo.bench.serving import run
+    from spo.bench.serving import PRESETS, run
 
     model = None
-    if chosen.preset == "testbed":
+    if not PRESETS[chosen.preset]["shape"]:  # the embedded model, with its weights
         from spo.config import RunConfig
         from spo.resolve import resolve_model
 

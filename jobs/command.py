@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from spo.config import RunConfig, load_config
 from spo.errors import SpoError
+from spo.session import connect
+from spo.session.connect import Site
+from spo.session.placement import Workload, phases_of
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -38,6 +41,29 @@ def main(
             return
         with mirrored(config):
             call(arguments, config)
+
+
+def workload(config: RunConfig) -> Workload:
+    """The slices that say which processes a run starts."""
+    return Workload(
+        extract=config.extract,
+        engine=config.engine,
+        reward=config.reward,
+        learn=config.learn,
+        loop_attacks=config.data.attacks,
+        attacks=config.evaluate.attacks,
+    )
+
+
+def cluster(config: RunConfig, stages: Sequence[str] = ()) -> AbstractContextManager[None]:
+    """Connected to Ray for `stages` ("extract", "train", "evaluate"); see `spo.session.connect`."""
+    site = Site(
+        ray=config.ray,
+        storage=config.storage,
+        run_dir=config.run_dir,
+        needs_plugin=config.engine.backend == "vllm",
+    )
+    return connect.cluster(site, phases_of(workload(config), stages))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from jobs import command
 from spo.config import RunConfig, load_config
 from spo.errors import SpoError
 from spo.session import connect
-from spo.session.doctor import Finding, State, examine, good, problem, question_of, warning, worst
+from spo.session.doctor import Finding, State, examine, good, problem, warning, worst
 from spo.session.nodes import Question
 from spo.session.placement import Room
 
@@ -52,12 +52,27 @@ def diagnose(config: RunConfig) -> list[Finding]:
         return [*findings, problem("cache", str(error), "set cache_dir to a folder you can write")]
 
 
+def question_of(config: RunConfig, marker: str) -> Question:
+    """What the nodes are to look for: models, checkpoints and prompt files by their settings."""
+    from spo.resolve import named_places
+
+    named = named_places(config.corpus, config.reward)
+    return Question(
+        cache=str(config.cache),
+        marker=marker,
+        storage=config.storage,
+        paths=named.paths,
+        hub_models=named.hub_models,
+        plugin_test=config.engine.backend == "vllm",
+    )
+
+
 def _on_cluster(config: RunConfig, question: Question) -> list[Finding]:
     from spo.session.nodes import ask_here, ask_nodes
 
     try:
         here = ask_here(question, "this process", 0.0)
-        connect.connect(config)
+        connect.connect(config.ray)
     except SpoError as error:
         return [problem("cluster", str(error), "see the message; nodes were not asked")]
     import ray
@@ -66,7 +81,7 @@ def _on_cluster(config: RunConfig, question: Question) -> list[Finding]:
         findings = _dashboard() + _serve_port()
         answers = ask_nodes(question, timeout_s=_NODES_S)
         rooms = [Room.of(node) for node in ray.nodes() if node["Alive"]]
-        return findings + examine(config, here, answers, rooms)
+        return findings + examine(command.workload(config), question, here, answers, rooms)
     finally:
         ray.shutdown()
 

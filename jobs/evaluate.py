@@ -16,19 +16,20 @@ from pathlib import Path
 
 from jobs import command
 from spo.config import RunConfig
-from spo.session import connect
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
-    from spo.actors.pools import Pools
     from spo.evaluation.job import run_evaluate
-    from spo.pipeline import prepare
+    from spo.pipeline import open_pools, prepare
     from spo.progress import ConsoleReporter
     from spo.report import write_report
 
     prepare(config)
     reporter = ConsoleReporter()
-    with connect.cluster(config, ("evaluate",)), Pools(config, reporter, scoring=False) as pools:
+    with (
+        command.cluster(config, ("evaluate",)),
+        open_pools(config, reporter, scoring=False) as pools,
+    ):
         run_evaluate(config, reporter, pools)
     print(f"report: {write_report(config.run_dir)}")
 

@@ -9,16 +9,18 @@ import argparse
 
 from jobs import command
 from spo.config import RunConfig
-from spo.session import connect
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
     from spo.pipeline import prepare
     from spo.progress import ConsoleReporter
+    from spo.resolve import open_corpus
     from spo.stage1.job import run_extract
+    from spo.stage1.sources import check_sources
 
     prepare(config)
-    with connect.cluster(config, ("extract",)):
+    check_sources(open_corpus(config.corpus), config.extract)
+    with command.cluster(config, ("extract",)):
         folder = run_extract(config, ConsoleReporter())
     print(f"activations: {folder}")
 

@@ -9,14 +9,15 @@ import argparse
 
 from jobs import command
 from spo.config import RunConfig
-from spo.session import connect
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
-    from spo.pipeline import run
+    from spo.pipeline import check_inputs, prepare, run
     from spo.progress import ConsoleReporter
 
-    with connect.cluster(config, ("extract", "train", "evaluate")):
+    prepare(config)
+    check_inputs(config)
+    with command.cluster(config, ("extract", "train", "evaluate")):
         path = run(config, ConsoleReporter())
     print(f"report: {path}")
 

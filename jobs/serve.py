@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from jobs import command
 from spo.config import RunConfig, load_config
 from spo.errors import ConfigError
-from spo.session import connect
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -130,7 +129,7 @@ def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # Ray's workers run at niceness 15, as befits batch jobs; people wait for these answers.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    with connect.cluster(config):
+    with command.cluster(config):
         # Not before: connecting to Ray puts a handler of its own in their place, which aborts.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())

@@ -82,7 +82,7 @@ def _run(chosen: argparse.Namespace, sweep: SweepConfig, base: RunConfig) -> Non
         return
     reporter = ConsoleReporter()
     check(sweep, base)  # before Ray starts, which takes ten seconds
-    with connect.cluster(base):
+    with command.cluster(base):
         if not chosen.dashboard:
             print(f"report: {run_sweep(sweep, base, reporter, resume=chosen.resume)}")
             return

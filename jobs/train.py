@@ -22,19 +22,17 @@ import argparse
 
 from jobs import command
 from spo.config import RunConfig
-from spo.session import connect
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
-    from spo.actors.pools import Pools
-    from spo.pipeline import prepare
+    from spo.pipeline import open_pools, prepare
     from spo.progress import ConsoleReporter
     from spo.stage2.job import run_train, trained
 
     prepare(config)
     reporter = ConsoleReporter()
     if trained(config) is None:
-        with connect.cluster(config, ("train",)), Pools(config, reporter) as pools:
+        with command.cluster(config, ("train",)), open_pools(config, reporter) as pools:
             run_train(config, reporter, pools)
     else:
         reporter.stage("Finished before: nothing to do")

@@ -1,6 +1,6 @@
 """The order of things: extract, estimate, train, evaluate. Each also runs alone on a run folder.
 
-Stage II (`Pools`, `run_train`) is in `spo.stage2.job`.
+Stage II (`run_train`) is in `spo.stage2.job`.
 """
 
 from __future__ import annotations
@@ -15,33 +15,50 @@ from spo.evaluation.job import run_evaluate
 from spo.files import write_atomic
 from spo.progress import Reporter
 from spo.report import write_report
-from spo.resolve import evaluation_inputs, open_judge, training_prompts
+from spo.resolve import open_corpus, open_judge, resolve_model
 from spo.run_folder import save_environment
 from spo.stage1.job import run_estimate, run_extract
+from spo.stage1.sources import check_sources
 from spo.stage2.job import run_train
 
 
 def run(config: RunConfig, reporter: Reporter) -> Path:
-    """Everything, end to end; returns the report's path. Finished stages are reused."""
+    """Everything, end to end; returns the report's path. Finished stages are reused.
+
+    Ray must be connected, and the run prepared and its inputs checked.
+    """
     begin = time.monotonic()
-    prepare(config)
-    check_inputs(config)
     run_extract(config, reporter)
     run_estimate(config, reporter)
-    with Pools(config, reporter) as pools:
+    with open_pools(config, reporter) as pools:
         run_train(config, reporter, pools)
         run_evaluate(config, reporter, pools)
-    save_environment(config, {"total_s": time.monotonic() - begin})
+    save_environment(config.run_dir, config.digest, {"total_s": time.monotonic() - begin})
     path = write_report(config.run_dir)
     reporter.stage(f"Report: {path}")
     return path
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Find bad input of the late stages before the early ones spend their time."""
-    evaluation_inputs(config)
-    training_prompts(config.data, config.cache, config.seed)
+    """Find bad input of every stage before anything starts."""
+    corpus = open_corpus(config.corpus)
+    check_sources(corpus, config.extract)
+    corpus.evaluation_inputs()
+    corpus.training_prompts()
     open_judge(config.evaluate)
+
+
+def open_pools(config: RunConfig, reporter: Reporter, *, scoring: bool = True) -> Pools:
+    """Engines and, with `scoring`, reward models of a run, as a context."""
+    return Pools(
+        resolve_model(config.model, config.cache),
+        config.engine,
+        config.reward if scoring else None,
+        name=config.name,
+        seed=config.seed,
+        cache=config.cache,
+        reporter=reporter,
+    )
 
 
 def prepare(config: RunConfig) -> None:

@@ -1,17 +1,24 @@
 """From names in the configuration to things on disk: models, scorers, judge, prompts.
 
 "testbed" stands for the embedded default everywhere; it is assembled in the cache on first use.
-Anything else is a hub id, a local folder or a file.
+Anything else is a hub id, a local folder or a file. No other module asks which of them it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spo.config import DataConfig, EvaluateConfig, ModelConfig, RewardConfig, RunConfig
+from spo.config import (
+    CorpusSettings,
+    EngineConfig,
+    EvaluateConfig,
+    FileSource,
+    ModelConfig,
+    RewardConfig,
+)
 from spo.config.rewards import (
     AlignmentPart,
     AnyRewardPart,
@@ -19,13 +26,12 @@ from spo.config.rewards import (
     RefusalPart,
     ToxicityPart,
 )
-from spo.corpus import files
-from spo.corpus.base import EvaluationInputs
+from spo.corpus.base import Corpus
+from spo.corpus.files import FileCorpus, names_data
 from spo.errors import ConfigError, SpoError
-from spo.records import Prompt, PromptKind, QuarantinedRow
 from spo.scorers.base import Judge, SuccessJudge
 from spo.scorers.rewards import alignment_arguments, kind_of
-from spo.testbed import corpus as testbed
+from spo.testbed.corpus import EmbeddedCorpus
 
 TESTBED = "testbed"
 
@@ -50,9 +56,44 @@ def resolve_model(config: ModelConfig, cache: Path) -> ResolvedModel:
     return ResolvedModel(path=config.id, revision=config.revision)
 
 
-def learner_model(config: RunConfig, model: ResolvedModel) -> str:
+def learner_model(engine: EngineConfig, model: ResolvedModel) -> str:
     """What the learner loads: the model's folder or id, or "fake" beside fake engines."""
-    return "fake" if config.engine.backend == "fake" else model.path
+    return "fake" if engine.backend == "fake" else model.path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedPlaces:
+    """What a configuration names outside this package."""
+
+    paths: tuple[str, ...]
+    """Files and folders."""
+    hub_models: tuple[str, ...]
+    """Hub ids of models."""
+
+
+def named_places(settings: CorpusSettings, reward: RewardConfig) -> NamedPlaces:
+    """Models, checkpoints and prompt files that every node must find."""
+    data, extract, model = settings.data, settings.extract, settings.model.id
+    parts = [part for part in reward.counted if part.needs_model]
+    rewarded = [str(getattr(part, "model", TESTBED)) for part in parts]
+    names = (model, *rewarded, settings.evaluate.judge, data.train, data.heldout)
+    files = [str(source.path) for source in extract.sources if isinstance(source, FileSource)]
+    files += [] if extract.calibration is None else [str(extract.calibration)]
+    paths = [name for name in names if _is_path(name)] + files
+    models = [
+        model,
+        *(str(part.model) for part in parts if isinstance(part, RefusalPart | HarmPart)),
+    ]
+    on_hub = [name for name in models if name != TESTBED and not _is_path(name)]
+    return NamedPlaces(paths=tuple(dict.fromkeys(paths)), hub_models=tuple(dict.fromkeys(on_hub)))
+
+
+def _is_path(value: str) -> bool:
+    """Looks like a place on a disk rather than a hub id or a name."""
+    return value != TESTBED and (
+        value.startswith(("/", ".", "~"))
+        or Path(value).suffix in {".jsonl", ".ckpt", ".safetensors"}
+    )
 
 
 def reward_parts(config: RewardConfig, cache: Path) -> tuple[AnyRewardPart, ...]:
@@ -135,23 +176,20 @@ def open_success_judges(config: EvaluateConfig) -> list[SuccessJudge]:
     return [open_success_judge(settings, toxicity) for settings in config.success_judges]
 
 
-def training_prompts(
-    config: DataConfig, cache: Path, seed: int
-) -> tuple[list[Prompt], list[QuarantinedRow]]:
-    """Prompts of Stage II, a share of them attacked."""
-    if config.train == TESTBED:
-        return testbed.testbed_prompts(config, cache, seed), []
-    return files.file_prompts(config, cache, seed)
+def open_corpus(settings: CorpusSettings) -> Corpus:
+    """What the run is made on: the testbed, or the user's files where any are named."""
 
+    def tokenizer() -> Any:
+        from transformers import AutoTokenizer
 
-def evaluation_inputs(config: RunConfig) -> EvaluationInputs:
-    """Prompt sets, exact checks and the attack's material; all held out from training."""
-    if config.data.heldout == TESTBED:
-        model = resolve_model(config.model, config.cache)
-        return testbed.testbed_inputs(config, model.path, model.revision)
-    inputs = files.file_inputs(config)
-    if inputs.attacked is None:
-        return inputs
-    prompts, _ = training_prompts(config.data, config.cache, config.seed)
-    harmful = [prompt for prompt in prompts if prompt.kind is PromptKind.HARM]
-    return replace(inputs, attack_prompts=tuple(harmful[:16]))
+        model = resolve_model(settings.model, settings.cache)
+        return AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+
+    embedded = EmbeddedCorpus(settings=settings, tokenizer=tokenizer)
+    data, extract = settings.data, settings.extract
+    train = None if data.train == TESTBED else Path(data.train)
+    heldout = None if data.heldout == TESTBED else Path(data.heldout)
+    named = train or heldout or extract.calibration or any(map(names_data, extract.sources))
+    if not named:
+        return embedded
+    return FileCorpus(settings=settings, rest=embedded, train=train, heldout=heldout)

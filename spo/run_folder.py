@@ -8,17 +8,17 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import packages_distributions, version
+from pathlib import Path
 
 import torch
 
-from spo.config import RunConfig
 from spo.files import write_atomic
 from spo.records import QuarantinedRow
 
 
-def keep_quarantined(config: RunConfig, where: str, rows: Iterable[QuarantinedRow]) -> None:
+def keep_quarantined(run_dir: Path, where: str, rows: Iterable[QuarantinedRow]) -> None:
     """Keep unusable rows with their reasons in quarantine.json, by place."""
-    path = config.run_dir / "quarantine.json"
+    path = run_dir / "quarantine.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
     kept[where] = [asdict(row) for row in rows]
     write_atomic(path, json.dumps(kept, indent=2).encode())
@@ -33,13 +33,13 @@ def _versions() -> dict[str, str]:
     return {**found, "vllm": version(holder), "python": platform.python_version()}
 
 
-def save_environment(config: RunConfig, seconds: Mapping[str, float]) -> None:
+def save_environment(run_dir: Path, config_digest: str, seconds: Mapping[str, float]) -> None:
     """Write versions, machine and times to environment.json."""
     content = {
         "versions": _versions(),
         "machine": platform.platform(),
         "cpus": torch.get_num_threads(),
         "seconds": dict(seconds),
-        "config_digest": config.digest,
+        "config_digest": config_digest,
     }
-    write_atomic(config.run_dir / "environment.json", json.dumps(content, indent=2).encode())
+    write_atomic(run_dir / "environment.json", json.dumps(content, indent=2).encode())

@@ -28,6 +28,7 @@ from spo.engines.identity import folder_revision
 from spo.errors import StageError
 from spo.files import write_atomic
 from spo.records import Prompt, SteeringSpec
+from spo.resolve import ResolvedModel
 
 if TYPE_CHECKING:
     from spo.attacks.pgd import PgdResult
@@ -73,6 +74,19 @@ class AttackJob:
         asked = (repr(self.steering), repr(self.prompts), repr(self.targets))
         content = (model, self.picture.read_bytes(), *plain, *asked)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workshop:
+    """With what the attacks of a run are made, and where their pictures are kept."""
+
+    model: ResolvedModel
+    """The model under defence."""
+    learn: LearnConfig
+    """Device and computation type; in the loop also the artifact that adaptive attacks meet."""
+    run_dir: Path
+    seed: int
+    """The run's."""
 
 
 def attack_picture(job: AttackJob) -> dict[str, Any]:

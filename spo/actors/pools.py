@@ -4,51 +4,68 @@ from __future__ import annotations
 
 import uuid
 from contextlib import ExitStack
+from pathlib import Path
 
 from spo.actors.engine_pool import EnginePool
 from spo.actors.reward_pool import RewardPool
-from spo.config import RunConfig
+from spo.config import EngineConfig, RewardConfig
 from spo.progress import Reporter
-from spo.resolve import ResolvedModel, resolve_model, reward_parts
+from spo.resolve import ResolvedModel, reward_parts
 
 
 class Pools:
     """Engines and reward models of one run, started once and shared by training and evaluation.
 
     Args:
-        config: the run.
+        model: what the engines load.
+        engine: the engines.
+        reward: the reward models; None leaves them out, for only training asks them.
+        name: begins the names of the actors.
+        seed: the run's.
+        cache: folder of assembled models.
         reporter: told what is started.
-        scoring: False leaves the reward models out, which only training asks.
     """
 
-    def __init__(self, config: RunConfig, reporter: Reporter, *, scoring: bool = True) -> None:
-        self._config = config
+    def __init__(
+        self,
+        model: ResolvedModel,
+        engine: EngineConfig,
+        reward: RewardConfig | None,
+        *,
+        name: str,
+        seed: int,
+        cache: Path,
+        reporter: Reporter,
+    ) -> None:
+        self.model = model
+        self.prefix = f"{name}-{uuid.uuid4().hex[:8]}"
+        self._engine = engine
+        self._reward = reward
+        self._seed = seed
+        self._cache = cache
         self._reporter = reporter
-        self._scoring = scoring
-        self.prefix = f"{config.name}-{uuid.uuid4().hex[:8]}"
-        self.model: ResolvedModel = resolve_model(config.model, config.cache)
 
     def __enter__(self) -> Pools:
-        config = self._config
+        engine, reward = self._engine, self._reward
         self._reporter.stage(
-            f"Start {config.engine.replicas} {config.engine.backend} engine(s)"
-            + " and reward models" * self._scoring
+            f"Start {engine.replicas} {engine.backend} engine(s)"
+            + " and reward models" * (reward is not None)
         )
         with ExitStack() as undo:
-            if self._scoring:  # they load while the engines do
+            if reward is not None:  # they load while the engines do
                 self.rewards = RewardPool.start(
-                    reward_parts(config.reward, config.cache), config.reward, prefix=self.prefix
+                    reward_parts(reward, self._cache), reward, prefix=self.prefix
                 )
                 undo.callback(self.rewards.close)
             self.rollouts = EnginePool.start(
                 self.model.path,
                 self.model.revision,
-                config.engine,
+                engine,
                 prefix=self.prefix,
-                seed=config.seed,
+                seed=self._seed,
             )
             undo.callback(self.rollouts.close)
-            if self._scoring:
+            if reward is not None:
                 self.rewards.wait_ready()
             self._close = undo.pop_all()
         return self

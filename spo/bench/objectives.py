@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from spo.actors.picture_tasks import Workshop
 from spo.actors.pools import Pools
 from spo.algorithms.metrics import runs_interval
 from spo.algorithms.objectives import OBJECTIVES
@@ -23,13 +24,13 @@ from spo.config import RunConfig
 from spo.engines.factory import open_learner_engine
 from spo.engines.forward import DifferentiableEngine
 from spo.evaluation import evaluate
-from spo.pipeline import prepare
+from spo.pipeline import open_pools, prepare
 from spo.progress import Reporter, Silent
 from spo.records import Batch
-from spo.resolve import evaluation_inputs, learner_model, open_judge, training_prompts
+from spo.resolve import learner_model, open_corpus, open_judge
 from spo.stage1.job import run_estimate, run_extract
 from spo.stage2.attacked_prompts import with_attacked
-from spo.stage2.coordinator_actor import make_coordinator
+from spo.stage2.coordinator_actor import LoopSettings, make_coordinator
 from spo.stage2.coordinator_thread import BackgroundLoop
 from spo.stage2.job import load_artifact
 from spo.stage2.learner import Update, VectorLearner
@@ -56,10 +57,10 @@ def compare(
     run_estimate(config, reporter)
     rows_path = config.run_dir / "objectives.jsonl"
     rows, table = _read(rows_path), config.run_dir / "objectives.md"
-    with Pools(config, reporter) as pools:
+    with open_pools(config, reporter) as pools:
         start = load_artifact(config, config.learn.start, pools)
         engine = open_learner_engine(
-            learner_model(config, pools.model), pools.model.revision, config.learn
+            learner_model(config.engine, pools.model), pools.model.revision, config.learn
         )
         wanted: list[tuple[str, int]] = [("unsteered", 0), ("Stage I", 0)]
         wanted += [(name, seed) for seed in range(seeds) for name in objectives]
@@ -135,13 +136,29 @@ def _one(
 def _refine(
     config: RunConfig, pools: Pools, engine: DifferentiableEngine, start: SteeringArtifact
 ) -> tuple[SteeringVector, dict[str, float]]:
-    drawn, _ = training_prompts(config.data, config.cache, config.seed)
-    prompts = with_attacked(drawn, config, start, pools.model, Silent())
+    corpus = open_corpus(config.corpus)
+    prompts = with_attacked(
+        corpus.training_prompts()[0],
+        config.data,
+        corpus=corpus,
+        start=start,
+        workshop=Workshop(
+            model=pools.model, learn=config.learn, run_dir=config.run_dir, seed=config.seed
+        ),
+        reporter=Silent(),
+    )
     history = config.run_dir / f"history-{config.learn.objective}-{config.seed}.jsonl"
     history.write_text("")
     engines = config.engine
     timeout_s = float(engines.start_timeout_s + 2 * engines.request_timeout_s)
-    coordinator = make_coordinator(prompts, config, pools.rollouts, pools.rewards, history)
+    settings = LoopSettings(
+        seed=config.seed,
+        steering=config.steering,
+        rollout=config.rollout,
+        reward=config.reward,
+        learn=config.learn,
+    )
+    coordinator = make_coordinator(prompts, settings, pools.rollouts, pools.rewards, history)
     learner = VectorLearner(engine, start.vector, steering=config.steering, config=config.learn)
     updates: list[Update] = []
 
@@ -175,7 +192,7 @@ def _measure(
     if vector is not None:
         pools.rollouts.publish(name, vector, 0)
         spec = start.spec(name)
-    inputs = evaluation_inputs(config)
+    inputs = open_corpus(config.corpus).evaluation_inputs()
     report = evaluate(
         pools.rollouts,
         {"none" if spec is None else "steered": spec},

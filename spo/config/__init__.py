@@ -7,7 +7,14 @@ see `RunConfig`. Names carry units.
 from spo.config.datasets import DatasetConfig
 from spo.config.evaluation import AttackConfig, DefenceConfig, EvaluateConfig, JudgeConfig
 from spo.config.load import load_config
-from spo.config.run import DataConfig, ModelConfig, RayConfig, RunConfig, SteeringConfig
+from spo.config.run import (
+    CorpusSettings,
+    DataConfig,
+    ModelConfig,
+    RayConfig,
+    RunConfig,
+    SteeringConfig,
+)
 from spo.config.serving import ServeConfig
 from spo.config.stage1 import (
     AdversarialSource,
@@ -27,6 +34,7 @@ __all__ = [
     "AttackConfig",
     "AttributionSource",
     "ContinuationSource",
+    "CorpusSettings",
     "DataConfig",
     "DatasetConfig",
     "DefenceConfig",

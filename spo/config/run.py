@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,6 +91,20 @@ class RayConfig(Slice):
     """How long an autoscaler gets to add nodes that a job lacks; 0 refuses at once."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusSettings:
+    """What decides the prompts and pictures that a run is made on."""
+
+    model: ModelConfig
+    """Its tokenizer cuts reference texts."""
+    data: DataConfig
+    extract: ExtractConfig
+    evaluate: EvaluateConfig
+    cache: Path
+    """Folder of drawn pictures."""
+    seed: int
+
+
 class RunConfig(Slice):
     """Everything one run needs. Saved, resolved, beside every output."""
 
@@ -166,15 +181,33 @@ class RunConfig(Slice):
         return self.cache_dir.expanduser().absolute()
 
     @property
+    def corpus(self) -> CorpusSettings:
+        """The slices that a corpus is opened from."""
+        return CorpusSettings(
+            model=self.model,
+            data=self.data,
+            extract=self.extract,
+            evaluate=self.evaluate,
+            cache=self.cache,
+            seed=self.seed,
+        )
+
+    @property
     def digest(self) -> str:
         """Digest of everything that changes results; output folders and Ray address do not."""
         places = dict.fromkeys(("output_dir", "cache_dir", "ray", "serve", "name"), True)
-        return _digest(self.model_dump(mode="json", exclude={**places, **_MANNER}))
+        return _digest(self.model_dump(mode="json", exclude={**places, **self._left_out}))
 
     def digest_of(self, *sections: str, also: str = "") -> str:
         """Digest of some sections, and of `also`: what the result of one stage depends on."""
-        content = self.model_dump(mode="json", include=set(sections), exclude=_MANNER)
+        content = self.model_dump(mode="json", include=set(sections), exclude=self._left_out)
         return _digest([content, also])
+
+    @property
+    def _left_out(self) -> dict[str, dict[str, bool]]:
+        """Settings that no digest counts; a later key that is not set is one of them, so that
+        what was made before it came is found again."""
+        return {**_MANNER, "extract": {"calibration": self.extract.calibration is None}}
 
     def to_yaml(self) -> str:
         """The resolved configuration."""

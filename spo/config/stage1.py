@@ -147,6 +147,10 @@ class ExtractConfig(Slice):
     )
     calibration_rows: Positive = 64
     """Benign generations behind the calibration activation h0 and the mean norms."""
+    calibration: Path | None = None
+    """Prompts (JSONL of `spo.records.Prompt`) whose benign ones are generated from for it. None
+    takes the safe side of your own contrasts, or else the benign prompts of `data.train`; a run on
+    the testbed alone takes the testbed's."""
     layers: tuple[int, ...] | None = None
     """Decoder blocks to read; None reads all. Computation stops after the highest."""
     backend: Literal["hf", "vllm"] = "hf"

@@ -1,17 +1,34 @@
-"""What every corpus is made of: prompt sets, their checks, shares of prompts, drawn words."""
+"""`Corpus`, what a run is made on, and what every corpus is made of.
+
+There are two: the embedded testbed's (`spo.testbed.corpus`) and the user's own files
+(`spo.corpus.files`). `spo.resolve.open_corpus` alone knows which one a configuration means.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from spo.attacks.drawing import draw_text
 from spo.attacks.typographic import typographic_prompts
-from spo.config import DataConfig, EvaluateConfig, RunConfig
+from spo.config import (
+    ContinuationSource,
+    CorpusSettings,
+    DataConfig,
+    EvaluateConfig,
+    InstructionSource,
+    TypographicSource,
+)
 from spo.draws import share_of
-from spo.records import Prompt, PromptKind, PromptSet, QuarantinedRow, Split
+from spo.records import Prompt, PromptKind, PromptSet, QuarantinedRow, Side, Split
 from spo.scorers.base import Check
+
+Sides = Sequence[tuple[Side, Prompt]]
+"""A contrast: prompts, each with its side."""
+TwoSided = InstructionSource | ContinuationSource | TypographicSource
+"""Sources that have both sides of one corpus where they name no data set."""
 
 PICTURE_SIZE = 336
 """Side of a drawn picture for models other than the testbed's, which sees 112."""
@@ -35,6 +52,66 @@ class EvaluationInputs:
     quarantined: tuple[QuarantinedRow, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttackMaterial:
+    """What picture attacks in the loop of Stage II are made from."""
+
+    requests: list[Prompt]
+    """Training prompts that one picture is to work on."""
+    starts: list[Path]
+    """Clean pictures."""
+    targets: tuple[str, ...]
+    """Harmful sentences; not those of the evaluation."""
+    asks_requests: bool = False
+    """Whether an attacked training prompt asks one of `requests` instead of its own words."""
+
+
+class Corpus(Protocol):
+    """What a run is made on. Nothing is read or drawn before it is asked for.
+
+    Every method raises `DataError` for files that cannot be used and `ConfigError` for settings
+    that do not go together. Prompts that choices are made on, held out from training and evaluation
+    alike, are to be `validation_inputs`, of the same record as `evaluation_inputs`.
+    """
+
+    def training_prompts(self) -> tuple[list[Prompt], list[QuarantinedRow]]:
+        """Prompts of Stage II, a share of them with drawn words; and rows that cannot be used."""
+        ...
+
+    def contrast(self, source: TwoSided, seed: int) -> Sides:
+        """`source.rows` prompts on each side, for a source that names no data set of its own."""
+        ...
+
+    def calibration_prompts(self) -> list[Prompt]:
+        """Benign prompts; generations from them give h0 and the mean norms."""
+        ...
+
+    def evaluation_inputs(self) -> EvaluationInputs:
+        """Prompt sets with their exact checks, and the attacks' material; held out."""
+        ...
+
+    def attack_starts(self, count: int, seed: int) -> list[Path]:
+        """Clean pictures, for an attacked source of Stage I that names none."""
+        ...
+
+    def attack_prompts(self, count: int, seed: int) -> list[Prompt]:
+        """Harmful prompts to attack with, for such a source that names none."""
+        ...
+
+    def attack_targets(self, count: int, seed: int) -> list[str]:
+        """Harmful sentences to raise the likelihood of, for such a source that names none."""
+        ...
+
+    def loop_attack(self, prompts: Sequence[Prompt], seed: int) -> AttackMaterial:
+        """What attacks in the loop of Stage II are made from.
+
+        Args:
+            prompts: the training prompts.
+            seed: another one than the evaluation's.
+        """
+        ...
+
+
 def sampled(condition: str, prompts: tuple[Prompt, ...], config: EvaluateConfig) -> PromptSet:
     return PromptSet(
         condition=condition,
@@ -51,7 +128,7 @@ def greedy(condition: str, prompts: tuple[Prompt, ...], max_tokens: int) -> Prom
     )
 
 
-def benchmark_sets(config: RunConfig) -> list[tuple[PromptSet, Check | None]]:
+def benchmark_sets(config: CorpusSettings) -> list[tuple[PromptSet, Check | None]]:
     """One condition for each benchmark and kind of prompt; questions come with their check."""
     from spo.datasets import CHECKS, load_prompts
 

@@ -11,48 +11,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from spo.actors.picture_tasks import AttackJob, pictures_of
+from spo.actors.picture_tasks import AttackJob, Workshop, pictures_of
 from spo.attacks.drawing import draw_text
 from spo.attacks.objectives import wanted
 from spo.attacks.prompts import Material, attack_of
-from spo.config import AttackConfig, RunConfig
+from spo.config import AttackConfig, EvaluateConfig
 from spo.corpus.base import PICTURE_SIZE, EvaluationInputs
 from spo.evaluation.defences import UNDEFENDED, Defence
 from spo.evaluation.results import with_picture
 from spo.files import write_atomic
 from spo.progress import Reporter
 from spo.records import Prompt, PromptSet
-from spo.resolve import ResolvedModel
 
 _Curves = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 """(attack, defence) to the curves and pictures of the attack's independent runs."""
 
 
 def attacked_sets(
-    config: RunConfig,
+    config: EvaluateConfig,
     inputs: EvaluationInputs,
     defences: Sequence[Defence],
-    model: ResolvedModel,
+    workshop: Workshop,
     reporter: Reporter,
 ) -> list[PromptSet]:
     """One more prompt set for each attack, and success curves of the picture attacks."""
     sets = {part.condition: part for part in inputs.sets}
     made: list[PromptSet] = []
-    pictures = _pictures(config, inputs, defences, model, reporter)
-    for attack in config.evaluate.attacks:
+    pictures = _pictures(config.attacks, inputs, defences, workshop, reporter)
+    for attack in config.attacks:
         rewrite = attack_of(attack.kind).rewrite
         if rewrite is not None:
             base = sets["plain"]
             material = Material(
                 draw=lambda words: draw_text(words, inputs.picture_size or PICTURE_SIZE),
-                folder=config.run_dir / "attack" / attack.kind,
+                folder=workshop.run_dir / "attack" / attack.kind,
             )
             prompts = tuple(rewrite(base.prompts, material))
             made.append(replace(base, condition=attack.name, prompts=prompts))
         elif inputs.attacked is not None:
             made.append(_with_pictures(sets[inputs.attacked], attack, defences, pictures))
             if attack.target == "corpus":
-                made += _curve_sets(config, sets[inputs.attacked], attack, pictures)
+                few = sets[inputs.attacked].prompts[: config.curve_prompts]
+                made += _curve_sets(replace(sets[inputs.attacked], prompts=few), attack, pictures)
     return made
 
 
@@ -82,44 +82,37 @@ def _with_pictures(
     )
 
 
-def _curve_sets(
-    config: RunConfig,
-    base: PromptSet,
-    attack: AttackConfig,
-    pictures: _Curves,
-) -> list[PromptSet]:
-    """The attacked set at every checkpoint of the first picture, on fewer prompts; for the attacked
-    defence only."""
-    few = base.prompts[: config.evaluate.curve_prompts]
+def _curve_sets(base: PromptSet, attack: AttackConfig, pictures: _Curves) -> list[PromptSet]:
+    """The set at every checkpoint of the first picture; for the attacked defence only."""
     return [
         replace(
             base,
             condition=f"curve {attack.name} {defence} {look['step']}",
-            prompts=tuple(replace(prompt, image=look["image"]) for prompt in few),
+            prompts=tuple(replace(prompt, image=look["image"]) for prompt in base.prompts),
             only=defence,
         )
         for (name, defence), (curve, *_) in pictures.items()
-        if name == attack.name == curve["attack"] and few
+        if name == attack.name == curve["attack"] and base.prompts
         for look in curve["checkpoints"]
     ]
 
 
 def _pictures(
-    config: RunConfig,
+    attacks: Sequence[AttackConfig],
     inputs: EvaluationInputs,
     defences: Sequence[Defence],
-    model: ResolvedModel,
+    workshop: Workshop,
     reporter: Reporter,
 ) -> _Curves:
     """The pictures and curves of all attacks, made where they are not there yet."""
     if inputs.attacked is None or not inputs.attack_starts:
         return {}
     jobs: dict[tuple[str, str], list[AttackJob]] = {}
-    for attack in config.evaluate.attacks:
+    for attack in attacks:
         if attack.kind == "pgd":
             for defence in defences if attack.adaptive else [UNDEFENDED]:
                 jobs[attack.name, defence.name] = [
-                    _job(config, inputs, attack, defence, model, number)
+                    _job(inputs, attack, defence, workshop, number)
                     for number in range(attack.pictures)
                 ]
     every = [job for several in jobs.values() for job in several]
@@ -130,16 +123,15 @@ def _pictures(
         widest = max(firsts, key=lambda c: (c["defence"] == "none", c["epsilon_255"]))
         each = {(c["attack"], c["defence"]): c for c in firsts}
         index = {**widest, "curves": list(each.values())}
-        write_atomic(config.run_dir / "attack.json", json.dumps(index).encode())
+        write_atomic(workshop.run_dir / "attack.json", json.dumps(index).encode())
     return found
 
 
 def _job(
-    config: RunConfig,
     inputs: EvaluationInputs,
     attack: AttackConfig,
     defence: Defence,
-    model: ResolvedModel,
+    workshop: Workshop,
     number: int,
 ) -> AttackJob:
     if defence is UNDEFENDED:  # without a defence the adaptive attack is the blind one
@@ -152,15 +144,15 @@ def _job(
         targets = tuple(targets[i % len(targets)] for i in range(len(prompts)))
     return AttackJob(
         name=f"{attack.name}--{defence.name}{f'@{number}' if number else ''}",
-        model=attack.made_on or model.path,
-        revision=None if attack.made_on else model.revision,
+        model=attack.made_on or workshop.model.path,
+        revision=None if attack.made_on else workshop.model.revision,
         picture=inputs.attack_starts[number % len(inputs.attack_starts)],
-        folder=config.run_dir / "attack",
+        folder=workshop.run_dir / "attack",
         prompts=defence.asked(prompts),
         targets=targets,
         config=attack,
-        learn=config.learn,
-        seed=config.seed + number,
+        learn=workshop.learn,
+        seed=workshop.seed + number,
         vector=defence.vector,
         steering=defence.spec,
     )

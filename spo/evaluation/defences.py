@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spo.artifact import SteeringArtifact
-from spo.config import RunConfig
 from spo.config.evaluation import DefenceConfig
 from spo.engines.base import Sampler
 from spo.progress import Reporter
@@ -34,14 +33,16 @@ class Defence:
 UNDEFENDED = Defence(name="none")
 
 
-def open_defences(config: RunConfig, engine: Sampler, reporter: Reporter) -> list[Defence]:
+def open_defences(
+    configs: Sequence[DefenceConfig], run_dir: Path, engine: Sampler, reporter: Reporter
+) -> list[Defence]:
     """The unsteered model and every configured defence whose artifact is there, published."""
     found = [UNDEFENDED]
-    for settings in config.evaluate.defences:
+    for settings in configs:
         if settings.reminder is not None:
             found.append(Defence(name=settings.name, reminder=settings.reminder))
             continue
-        folder = config.run_dir / (settings.artifact or Path())
+        folder = run_dir / (settings.artifact or Path())
         if not folder.is_dir():
             reporter.note(f"defence {settings.name!r} left out: there is no {folder}")
             continue

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from spo.actors.picture_tasks import Workshop
 from spo.actors.pools import Pools
 from spo.config import RunConfig
 from spo.evaluation import CellStore, evaluate, format_table, save_report, shown_conditions
 from spo.evaluation.attacked_sets import attacked_sets
 from spo.evaluation.defences import open_defences, with_defences
 from spo.progress import Reporter
-from spo.resolve import evaluation_inputs, fitting_arguments, open_judge, open_success_judges
+from spo.resolve import fitting_arguments, open_corpus, open_judge, open_success_judges
 
 HEADLINE_METRICS = ("toxicity", "success", "nll", "attributes", "correct", "refusal", "kl")
 
 
 def run_evaluate(config: RunConfig, reporter: Reporter, pools: Pools) -> None:
     """The matrix attack x prompt set x defence, on held-out prompts; finished cells are reused."""
-    inputs = evaluation_inputs(config)
-    defences = open_defences(config, pools.rollouts, reporter)
+    inputs = open_corpus(config.corpus).evaluation_inputs()
+    defences = open_defences(config.evaluate.defences, config.run_dir, pools.rollouts, reporter)
     reporter.stage(f"Evaluate: {', '.join(defence.name for defence in defences)}")
-    sets = [*inputs.sets, *attacked_sets(config, inputs, defences, pools.model, reporter)]
+    workshop = Workshop(
+        model=pools.model, learn=config.learn, run_dir=config.run_dir, seed=config.seed
+    )
+    attacked = attacked_sets(config.evaluate, inputs, defences, workshop, reporter)
+    sets = [*inputs.sets, *attacked]
     from spo.scorers.alignment import AlignmentScorer
 
     held = pools.rollouts.info

@@ -5,34 +5,50 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
-from spo.config import RunConfig
+from spo.config import RayConfig
 from spo.errors import StageError
+from spo.session.placement import Role
 
 _NODES_S = 25.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Which cluster a run works on, and where it writes."""
+
+    ray: RayConfig
+    storage: str
+    """Folder or URL that only one job at a time may write to."""
+    run_dir: Path
+    """Folder that every node must see."""
+    needs_plugin: bool
+    """Whether every node must have vLLM and the steering plugin."""
+
+
 @contextmanager
-def cluster(config: RunConfig, stages: Sequence[str] = ()) -> Iterator[None]:
+def cluster(site: Site, phases: Mapping[str, Sequence[Role]]) -> Iterator[None]:
     """Connected to Ray: the cluster of the submitted job, the configured one, or a local one.
 
     Args:
-        config: the run.
-        stages: what will run ("extract", "train", "evaluate"); must fit on the nodes.
+        site: the cluster.
+        phases: roles that will work at the same time; must fit on the nodes.
 
     Raises:
         StageError: within seconds, when the cluster cannot be used; says why and what to do.
     """
     import ray
 
-    local = connect(config)
+    local = connect(site.ray)
     try:
-        _check_room(config, stages)
+        _check_room(phases, site.ray.node_wait_s)
         if not local:
-            _check_nodes(config)
-        lock = _RunLock(config)
+            _check_nodes(site)
+        lock = _RunLock(site.storage)
         try:
             yield
         finally:
@@ -41,7 +57,7 @@ def cluster(config: RunConfig, stages: Sequence[str] = ()) -> Iterator[None]:
         ray.shutdown()
 
 
-def connect(config: RunConfig) -> bool:
+def connect(config: RayConfig) -> bool:
     """Connect to Ray; True for a local cluster, started here.
 
     Raises:
@@ -54,21 +70,21 @@ def connect(config: RunConfig) -> bool:
 
     from spo.session.head import check_head
 
-    local = config.ray.address is None and "RAY_ADDRESS" not in os.environ
-    address = config.ray.address or os.environ.get("RAY_ADDRESS") or ""
+    local = config.address is None and "RAY_ADDRESS" not in os.environ
+    address = config.address or os.environ.get("RAY_ADDRESS") or ""
     host, _, port = address.rpartition(":")
     if not local and host and port.isdigit() and "://" not in address:
         check_head(address)
-    cpus = config.ray.num_cpus or max(4, os.cpu_count() or 1)
+    cpus = config.num_cpus or max(4, os.cpu_count() or 1)
     # Roles work in turn on a small machine, so each may use every core; threads that spin while
     # they wait would stop the others (measured: twenty times slower).
     threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE"}
     try:
         context = ray.init(
             # "local" by name: without it Ray joins any cluster that it finds on this machine.
-            address="local" if local else config.ray.address,
+            address="local" if local else config.address,
             num_cpus=cpus if local else None,
-            namespace=config.ray.namespace,
+            namespace=config.namespace,
             log_to_driver=bool(os.environ.get("SPO_WORKER_LOGS")),
             logging_level=logging.WARNING,
             runtime_env={"env_vars": {**threads, "GOMP_SPINCOUNT": "0"}} if local else None,
@@ -86,30 +102,29 @@ def connect(config: RunConfig) -> bool:
     return local
 
 
-def _check_nodes(config: RunConfig) -> None:
+def _check_nodes(site: Site) -> None:
     from spo.session.nodes import Question, ask_here, ask_nodes, check_nodes, marker_in
 
-    with marker_in(config.run_dir) as marker:
+    with marker_in(site.run_dir) as marker:
         question = Question(marker=marker)
         answers = ask_nodes(question, timeout_s=_NODES_S)
         here = ask_here(question, "driver", 0.0)
     for node in answers.late:
         # Busy, or hung: the roles that it gets have deadlines of their own.
         print(f"warning: {node} did not answer within {_NODES_S:.0f} s", file=sys.stderr)
-    check_nodes(here, answers, needs_plugin=config.engine.backend == "vllm")
+    check_nodes(here, answers, needs_plugin=site.needs_plugin)
 
 
-def _check_room(config: RunConfig, stages: Sequence[str]) -> None:
+def _check_room(phases: Mapping[str, Sequence[Role]], wait_s: float) -> None:
     """Refuse what does not fit; with `ray.node_wait_s` give an autoscaler that long."""
-    if not stages:
+    if not phases:
         return
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    from spo.session.placement import Room, bundles_of, check_room, phases_of
+    from spo.session.placement import Room, bundles_of, check_room
 
-    phases = phases_of(config, stages)
-    end = time.monotonic() + config.ray.node_wait_s
+    end = time.monotonic() + wait_s
     asked = False
     try:
         while True:
@@ -123,7 +138,7 @@ def _check_room(config: RunConfig, stages: Sequence[str]) -> None:
                 if not asked:
                     bundles, labels = bundles_of(phases)
                     request_resources(bundles=bundles, bundle_label_selectors=labels)
-                    print(f"{error}\nwaiting up to {config.ray.node_wait_s} s for the autoscaler")
+                    print(f"{error}\nwaiting up to {wait_s} s for the autoscaler")
                     asked = True
                 time.sleep(2.0)
     finally:
@@ -137,12 +152,12 @@ class _RunLock:
     A second one would mix its history and checkpoints into the first one's.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, storage: str) -> None:
         import hashlib
 
         import ray
 
-        name = f"run-{hashlib.sha256(config.storage.encode()).hexdigest()[:16]}"
+        name = f"run-{hashlib.sha256(storage.encode()).hexdigest()[:16]}"
         job = ray.get_runtime_context().get_job_id()
         try:
             self._actor = (
@@ -150,7 +165,7 @@ class _RunLock:
             )
         except ValueError as error:
             raise StageError(
-                f"another job{_holder_of(name)} on this cluster is working on {config.storage}; "
+                f"another job{_holder_of(name)} on this cluster is working on {storage}; "
                 "wait for it, stop it with `ray job stop`, or give this run another name="
             ) from error
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 
-from spo.config import FileSource, RunConfig
 from spo.errors import StageError
 from spo.session.nodes import NO_PLUGIN, Answers, NodeFacts, Question, differences
-from spo.session.placement import Room, check_room, phases_of
+from spo.session.placement import Room, Workload, check_room, phases_of
 
 STAGES = ("extract", "train", "evaluate")
 _MIN_SHARED_GIB = 1.0
 _MIN_FREE_GIB = 5.0
 _BASE_MEMORY_GIB = 4.0
-_EMBEDDED = "testbed"
 
 
 class State(StrEnum):
@@ -59,34 +56,9 @@ def warning(check: str, found: str, mend: str) -> Finding:
     return Finding(check=check, state=State.WARNING, found=found, mend=mend)
 
 
-def question_of(config: RunConfig, marker: str) -> Question:
-    """What the nodes are to look for: models, checkpoints and prompt files by their settings."""
-    rewarded = [str(getattr(part, "model", "")) for part in config.reward.counted]
-    named = [config.model.id, *rewarded, config.evaluate.judge]
-    files = [config.data.train, config.data.heldout]
-    sources = [str(s.path) for s in config.extract.sources if isinstance(s, FileSource)]
-    paths = [value for value in (*named, *files) if _is_path(value)] + sources
-    hub = config.model.id
-    return Question(
-        cache=str(config.cache),
-        marker=marker,
-        storage=config.storage,
-        paths=tuple(dict.fromkeys(paths)),
-        hub_models=() if hub == _EMBEDDED or _is_path(hub) else (hub,),
-        plugin_test=config.engine.backend == "vllm",
-    )
-
-
-def _is_path(value: str) -> bool:
-    """Looks like a place on a disk rather than a hub id or a name."""
-    return value != _EMBEDDED and (
-        value.startswith(("/", ".", "~"))
-        or Path(value).suffix in {".jsonl", ".ckpt", ".safetensors"}
-    )
-
-
 def examine(
-    config: RunConfig,
+    config: Workload,
+    question: Question,
     here: NodeFacts,
     answers: Answers,
     rooms: Sequence[Room],
@@ -95,6 +67,7 @@ def examine(
 
     Args:
         config: the run that is to work.
+        question: what the nodes were asked.
         here: facts of the driver.
         answers: what the nodes said.
         rooms: what Ray says each node offers.
@@ -114,7 +87,7 @@ def examine(
         findings += _engine(config, facts)
         findings += _gpus(config, facts)
         findings += _memory(config, facts)
-        findings += _places(config, facts, alone=len(others) <= 1)
+        findings += _places(question, facts, alone=len(others) <= 1)
     return [*findings, *_room(config, rooms)]
 
 
@@ -129,7 +102,7 @@ def _versions(here: NodeFacts, others: Sequence[NodeFacts]) -> list[Finding]:
     return wrong or [good("versions", f"python {here.python}, {ours}, vllm {here.engine or '-'}")]
 
 
-def _engine(config: RunConfig, facts: NodeFacts) -> list[Finding]:
+def _engine(config: Workload, facts: NodeFacts) -> list[Finding]:
     if config.engine.backend != "vllm":
         return []
     if not facts.engine or not facts.plugin:
@@ -151,7 +124,7 @@ def _engine(config: RunConfig, facts: NodeFacts) -> list[Finding]:
     return [good("steering plugin", f"{facts.node}: hooks into vLLM {facts.engine}")]
 
 
-def _gpus(config: RunConfig, facts: NodeFacts) -> list[Finding]:
+def _gpus(config: Workload, facts: NodeFacts) -> list[Finding]:
     if facts.reported_gpus > len(facts.gpus):
         return [
             problem(
@@ -174,7 +147,7 @@ def _gpus(config: RunConfig, facts: NodeFacts) -> list[Finding]:
     return [good("GPUs", f"{facts.node}: {', '.join(facts.gpus) or 'none'}")]
 
 
-def _memory(config: RunConfig, facts: NodeFacts) -> list[Finding]:
+def _memory(config: Workload, facts: NodeFacts) -> list[Finding]:
     findings = []
     needed = _BASE_MEMORY_GIB + (0.0 if config.engine.num_gpus else config.engine.memory_gib)
     if facts.memory_gib < needed:
@@ -197,7 +170,7 @@ def _memory(config: RunConfig, facts: NodeFacts) -> list[Finding]:
     return findings or [good("memory", f"{facts.node}: {facts.memory_gib:.0f} GiB")]
 
 
-def _places(config: RunConfig, facts: NodeFacts, *, alone: bool) -> list[Finding]:
+def _places(question: Question, facts: NodeFacts, *, alone: bool) -> list[Finding]:
     """Storage, cache, models and files as this node sees them."""
     found = []
     if facts.storage_error:
@@ -219,8 +192,8 @@ def _places(config: RunConfig, facts: NodeFacts, *, alone: bool) -> list[Finding
         found.append(
             problem(
                 "cache",
-                f"{facts.node}: {config.cache} is another folder there than here, so it lacks the "
-                "pictures and the embedded models, which travel as paths",
+                f"{facts.node}: {question.cache} is another folder there than here, so it lacks "
+                "the pictures and the embedded models, which travel as paths",
                 "put cache_dir on a volume that all nodes mount (ReadWriteMany)",
             )
         )
@@ -228,7 +201,7 @@ def _places(config: RunConfig, facts: NodeFacts, *, alone: bool) -> list[Finding
         found.append(
             warning(
                 "cache",
-                f"{facts.node}: {facts.cache_free_gib:.1f} GiB free at {config.cache}",
+                f"{facts.node}: {facts.cache_free_gib:.1f} GiB free at {question.cache}",
                 "free space, or set cache_dir and HF_HOME to a larger volume",
             )
         )
@@ -243,10 +216,10 @@ def _places(config: RunConfig, facts: NodeFacts, *, alone: bool) -> list[Finding
         )
         for name in facts.missing_models
     ]
-    return found or [good("storage and files", f"{facts.node}: {config.storage} is writable")]
+    return found or [good("storage and files", f"{facts.node}: {question.storage} is writable")]
 
 
-def _room(config: RunConfig, rooms: Sequence[Room]) -> list[Finding]:
+def _room(config: Workload, rooms: Sequence[Room]) -> list[Finding]:
     try:
         plans = check_room(phases_of(config, STAGES), rooms)
     except StageError as error:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spo.config import AttackConfig, RunConfig
+from spo.config import AttackConfig, EngineConfig, ExtractConfig, LearnConfig, RewardConfig
 from spo.errors import StageError
 
 _SLACK = 1e-6
@@ -56,7 +56,21 @@ class Room:
         )
 
 
-def phases_of(config: RunConfig, stages: Sequence[str]) -> dict[str, list[Role]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """The slices of a configuration that say which processes it starts."""
+
+    extract: ExtractConfig
+    engine: EngineConfig
+    reward: RewardConfig
+    learn: LearnConfig
+    loop_attacks: Sequence[AttackConfig]
+    """`data.attacks`."""
+    attacks: Sequence[AttackConfig]
+    """`evaluate.attacks`."""
+
+
+def phases_of(config: Workload, stages: Sequence[str]) -> dict[str, list[Role]]:
     """Roles that work at the same time, for each of the stages "extract", "train", "evaluate"."""
     engine, learn, extract = config.engine, config.learn, config.extract
     engines = Role(
@@ -94,8 +108,8 @@ def phases_of(config: RunConfig, stages: Sequence[str]) -> dict[str, list[Role]]
             setting=f"learn.num_gpus or {where}.attacks",
         )
 
-    in_loop = attacks("data", config.data.attacks)
-    in_evaluation = attacks("evaluate", config.evaluate.attacks)
+    in_loop = attacks("data", config.loop_attacks)
+    in_evaluation = attacks("evaluate", config.attacks)
     known = {
         "extract": [
             Role(

@@ -15,11 +15,11 @@ from spo.engines.identity import folder_revision
 from spo.files import write_atomic
 from spo.progress import Reporter
 from spo.records import Interval
-from spo.resolve import resolve_model
+from spo.resolve import open_corpus, resolve_model
 from spo.run_folder import keep_quarantined
 from spo.stage1.activations import Activations, digest_of_rows, load_activations, steering_vector
 from spo.stage1.extract import extract
-from spo.stage1.sources import contrast_rows, source_weights
+from spo.stage1.sources import SourceContext, contrast_rows, source_weights
 from spo.vector import SteeringVector
 
 STAGE1 = "stage1"
@@ -33,7 +33,15 @@ def run_extract(config: RunConfig, reporter: Reporter) -> Path:
     model = resolve_model(config.model, config.cache)
     reporter.stage(f"Sources: {', '.join(s.label for s in config.extract.sources)}")
     rows, bad = contrast_rows(
-        config, model=model.path, revision=model.revision, progress=reporter.step
+        SourceContext(
+            corpus=open_corpus(config.corpus),
+            extract=config.extract,
+            model=model.path,
+            revision=model.revision,
+            cache=config.cache,
+            seed=config.seed,
+            progress=reporter.step,
+        )
     )
     reporter.stage(f"Extract activations of {len(rows)} rows")
     settings = config.extract.model_dump_json(include=_CONTENT)
@@ -46,19 +54,19 @@ def run_extract(config: RunConfig, reporter: Reporter) -> Path:
         config=config.extract,
         digest=config.digest_of("seed", "model", also=content),
     )
-    keep_quarantined(config, "extract", bad)
+    keep_quarantined(config.run_dir, "extract", bad)
     return folder
 
 
 def run_estimate(config: RunConfig, reporter: Reporter) -> SteeringArtifact:
     """Second half: the vector, its layers and their weights."""
     reporter.stage("Estimate the Stage I vector")
-    found = load_activations(config.run_dir / "activations", source_weights(config))
+    found = load_activations(config.run_dir / "activations", source_weights(config.extract))
     result = estimate(found.contrasts, found.layers, found.num_layers, config.estimate)
     vector = steering_vector(found, result)
     report = _separability(found, result, vector)
     write_atomic(config.run_dir / "separability.json", json.dumps(report).encode())
-    keep_quarantined(config, "activations", found.quarantined)
+    keep_quarantined(config.run_dir, "activations", found.quarantined)
     artifact = build_artifact(config, vector, config.estimate.method, found.data_sha256, parent="")
     artifact.save(config.run_dir / STAGE1)
     weights = ", ".join(
@@ -77,7 +85,7 @@ def run_estimate(config: RunConfig, reporter: Reporter) -> SteeringArtifact:
 def run_leave_one_out(config: RunConfig, reporter: Reporter) -> str:
     """How well the others separate each source that they never saw; returns a table."""
     reporter.stage("Leave each source out once")
-    found = load_activations(config.run_dir / "activations", source_weights(config))
+    found = load_activations(config.run_dir / "activations", source_weights(config.extract))
     left = leave_one_out(found.contrasts, found.layers, found.num_layers, config.estimate)
     content = {"rows": [asdict(item) for item in left]}
     write_atomic(config.run_dir / LEFT_OUT, json.dumps(content).encode())

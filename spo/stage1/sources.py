@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,18 @@ from spo.config import (
     AdversarialSource,
     AttributionSource,
     ContinuationSource,
-    DatasetConfig,
+    ExtractConfig,
     FileSource,
     InstructionSource,
-    RunConfig,
     SourceConfig,
     TypographicSource,
 )
+from spo.corpus.base import Corpus
+from spo.corpus.files import named_sides, names_data
 from spo.datasets import load_prompts
-from spo.datasets.prompts import read_contrast
 from spo.engines.identity import folder_revision
 from spo.errors import ConfigError, DataError
-from spo.records import Positions, Prompt, PromptFormat, PromptKind, QuarantinedRow, Side
+from spo.records import Positions, Prompt, PromptKind, QuarantinedRow, Side
 from spo.stage1.activations import CALIBRATION, ContrastRow
 
 Progress = Callable[[int, int, str], None]
@@ -37,139 +38,115 @@ Progress = Callable[[int, int, str], None]
 class SourceContext:
     """What builders may use."""
 
+    corpus: Corpus
+    """Asked for all that a source names no data for."""
+    extract: ExtractConfig
     model: str
     revision: str | None
-    config: RunConfig
+    cache: Path
     seed: int
-    """The source's own seed."""
+    """The run's."""
     progress: Progress
 
 
 Built = tuple[list[ContrastRow], list[QuarantinedRow]]
 
 
-def contrast_rows(
-    config: RunConfig, *, model: str, revision: str | None, progress: Progress
-) -> Built:
-    """Every row that Stage I reads: all sources, and the calibration generations.
+def check_sources(corpus: Corpus, extract: ExtractConfig) -> None:
+    """Find out before anything starts whether there is something to contrast and to calibrate on.
 
     Raises:
-        ConfigError: two sources have one name.
-        DataError: a data set of a source cannot be used.
-        StageError: pictures could not be made in time.
+        ConfigError: there is no source, or two have one name.
+        DataError: a file cannot be used, or holds no benign prompt to calibrate on.
     """
-    from spo.testbed import data
+    _check_names(extract)
+    corpus.calibration_prompts()
 
-    names = [source.label for source in config.extract.sources]
+
+def _check_names(extract: ExtractConfig) -> None:
+    names = [source.label for source in extract.sources]
+    if not names:
+        raise ConfigError(
+            "extract.sources is empty, so there is no contrast to make a vector of; name at least "
+            "one, e.g. extract.sources=[{kind: file, path: contrast.jsonl}]"
+        )
     if len(set(names)) < len(names) or CALIBRATION in names:
         raise ConfigError(
             f"extract.sources need different names other than {CALIBRATION!r}, got {names}; "
             "set 'name' (a file's source is named after the file)"
         )
+
+
+def contrast_rows(context: SourceContext) -> Built:
+    """Every row that Stage I reads: all sources, and the calibration generations.
+
+    Raises:
+        StageError: pictures could not be made in time.
+
+    Other errors as in `check_sources`.
+    """
+    _check_names(context.extract)
+    calibration = context.corpus.calibration_prompts()
     rows: list[ContrastRow] = []
     bad: list[QuarantinedRow] = []
-    for number, source in enumerate(config.extract.sources):
-        context = SourceContext(
-            model=model,
-            revision=revision,
-            config=config,
-            seed=config.seed + number,
-            progress=progress,
-        )
-        found, unusable = _BUILDERS[type(source)](source, context)
+    for number, source in enumerate(context.extract.sources):
+        found, unusable = _BUILDERS[type(source)](source, context, context.seed + number)
         rows += found
         bad += unusable
-    for prompt in data.calibration_prompts(
-        config.cache, count=config.extract.calibration_rows, seed=config.seed
-    ):
-        rows.append(
-            ContrastRow(
-                source=CALIBRATION, side=Side.SAFE, prompt=prompt, positions=Positions.GENERATED
-            )
+    rows += [
+        ContrastRow(
+            source=CALIBRATION, side=Side.SAFE, prompt=prompt, positions=Positions.GENERATED
         )
+        for prompt in calibration
+    ]
     return rows, bad
 
 
-def source_weights(config: RunConfig) -> dict[str, float]:
+def source_weights(extract: ExtractConfig) -> dict[str, float]:
     """Weight of each source, by the name that its rows carry."""
-    return {source.label: source.weight for source in config.extract.sources}
+    return {source.label: source.weight for source in extract.sources}
 
 
-def _text(source: InstructionSource | ContinuationSource, context: SourceContext) -> Built:
-    chat = isinstance(source, InstructionSource)
-    positions = source.positions or (Positions.LAST_PROMPT if chat else Positions.TEXT)
-    if source.harm is None or source.safe is None:
-        return _embedded(source, context, positions), []
-    form = PromptFormat.CHAT if chat else PromptFormat.PLAIN
-    sides = _sides(source.harm, source.safe, source.rows, context)
-    return [
-        _row(source, side, number, replace(prompt, format=form), positions)
-        for side, prompts in sides.items()
-        for number, prompt in enumerate(prompts)
-    ], []
-
-
-def _typographic(source: TypographicSource, context: SourceContext) -> Built:
-    positions = source.positions or Positions.LAST_PROMPT
-    if source.harm is None or source.safe is None:
-        return _embedded(source, context, positions), []
-    sides = _sides(source.harm, source.safe, source.rows, context)
-    return [
-        _row(source, side, number, _drawn(prompt, source, context), positions)
-        for side, prompts in sides.items()
-        for number, prompt in enumerate(prompts)
-    ], []
-
-
-def _drawn(prompt: Prompt, source: TypographicSource, context: SourceContext) -> Prompt:
-    """The prompt with its own picture, or with its words drawn into one."""
-    from spo.attacks.drawing import draw_text
-
-    if prompt.image is not None:
-        return prompt
-    words = prompt.text
-    name = hashlib.sha256(f"{source.picture_size}/{words}".encode()).hexdigest()[:24]
-    path = context.config.cache / "typographic" / f"{name}.png"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        draw_text(words, source.picture_size).save(partial, format="PNG")
-        partial.rename(path)
-    return replace(prompt, text=source.request, image=str(path))
-
-
-def _attacked(source: AdversarialSource | AttributionSource, context: SourceContext) -> Built:
-    from spo.actors.picture_tasks import PictureJob, picture_pairs
-    from spo.testbed import data, text
-
-    prompts = _attack_prompts(source, context)
-    if source.images is None:
-        # The same start pictures and seed for every attacked source, so that they share pictures.
-        seed = context.config.seed
-        drawn = data.draw_scenes(context.config.cache, "train", source.pictures, seed + 7)
-        starts = [path for _, path in drawn]
+def _two_sided(
+    source: InstructionSource | ContinuationSource | TypographicSource,
+    context: SourceContext,
+    seed: int,
+) -> Built:
+    usual = Positions.TEXT if isinstance(source, ContinuationSource) else Positions.LAST_PROMPT
+    if names_data(source):
+        sides, _ = named_sides(source, context.cache, seed)
     else:
-        found = load_prompts(source.images, cache=context.config.cache, seed=context.seed)
-        starts = [Path(p.image) for p in found if p.image][: source.pictures]
-        if len(starts) < source.pictures:
-            raise DataError(
-                f"source {source.label!r} asks for {source.pictures} pictures, its data set has "
-                f"{len(starts)}"
-            )
+        sides = context.corpus.contrast(source, seed)
+    numbers = {side: count() for side in Side}
+    return [
+        _row(source, side, next(numbers[side]), prompt, source.positions or usual)
+        for side, prompt in sides
+    ], []
+
+
+def _attacked(
+    source: AdversarialSource | AttributionSource, context: SourceContext, own_seed: int
+) -> Built:
+    from spo.actors.picture_tasks import PictureJob, picture_pairs
+
+    # The same start pictures and seed for every attacked source, so that they share pictures.
+    seed = context.seed
+    prompts = _attack_prompts(source, context)
+    starts = _attack_starts(source, context, own_seed)
     if source.targets is None:
-        targets: Sequence[str] = text.toxic_texts("train", 64, context.config.seed + 17)
+        targets: Sequence[str] = context.corpus.attack_targets(64, seed)
     else:
         lines = source.targets.read_text(encoding="utf-8").splitlines()
         targets = [line.strip() for line in lines if line.strip()]
     material = [
         context.model,
         context.revision or folder_revision(context.model),
-        context.config.extract.dtype,
+        context.extract.dtype,
         source.epsilon_255,
         source.steps,
         source.step_size_255,
         source.targets_per_step,
-        context.config.seed,
+        seed,
         [str(start) for start in starts],
         [prompt.text for prompt in prompts],
         list(targets),
@@ -180,12 +157,12 @@ def _attacked(source: AdversarialSource | AttributionSource, context: SourceCont
             model=context.model,
             revision=context.revision,
             source=source,
-            extract=context.config.extract,
+            extract=context.extract,
             starts=list(enumerate(starts)),
-            folder=context.config.cache / "adversarial" / digest,
+            folder=context.cache / "adversarial" / digest,
             prompts=prompts,
             targets=targets,
-            seed=context.config.seed,
+            seed=seed,
         ),
         context.progress,
     )
@@ -200,67 +177,38 @@ def _attacked(source: AdversarialSource | AttributionSource, context: SourceCont
     ], []
 
 
+def _attack_starts(
+    source: AdversarialSource | AttributionSource, context: SourceContext, own_seed: int
+) -> list[Path]:
+    if source.images is None:
+        return context.corpus.attack_starts(source.pictures, context.seed)
+    found = load_prompts(source.images, cache=context.cache, seed=own_seed)
+    starts = [Path(p.image) for p in found if p.image][: source.pictures]
+    if len(starts) < source.pictures:
+        raise DataError(
+            f"source {source.label!r} asks for {source.pictures} pictures, its data set has "
+            f"{len(starts)}"
+        )
+    return starts
+
+
 def _attack_prompts(
     source: AdversarialSource | AttributionSource, context: SourceContext
 ) -> list[Prompt]:
-    from spo.testbed import text
-
-    if source.prompts is not None:
-        wanted = source.prompts.model_copy(update={"rows": source.rows})
-        found = load_prompts(wanted, cache=context.config.cache, seed=context.config.seed)
-        return [prompt for prompt in found if prompt.kind is PromptKind.HARM][: source.rows]
-    return [
-        Prompt(
-            prompt_id=f"attacked-{number}",
-            text=opening,
-            kind=PromptKind.HARM,
-            format=PromptFormat.PLAIN,
-        )
-        for number, opening in enumerate(
-            text.rude_openings("train", source.rows, context.config.seed + 29)
-        )
-    ]
+    if source.prompts is None:
+        return context.corpus.attack_prompts(source.rows, context.seed)
+    wanted = source.prompts.model_copy(update={"rows": source.rows})
+    found = load_prompts(wanted, cache=context.cache, seed=context.seed)
+    return [prompt for prompt in found if prompt.kind is PromptKind.HARM][: source.rows]
 
 
-def _file(source: FileSource, context: SourceContext) -> Built:
-    found, unusable = read_contrast(source.path)
+def _file(source: FileSource, context: SourceContext, seed: int) -> Built:
+    sides, unusable = named_sides(source, context.cache, seed)
     positions = source.positions or Positions.TEXT
-    rows = []
-    for side in Side:
-        prompts = [prompt for where, prompt in found if where is side][: source.rows]
-        rows += [
-            ContrastRow(source=source.label, side=side, prompt=prompt, positions=positions)
-            for prompt in prompts
-        ]
-    return rows, unusable
-
-
-def _embedded(
-    source: InstructionSource | ContinuationSource | TypographicSource,
-    context: SourceContext,
-    positions: Positions,
-) -> list[ContrastRow]:
-    from spo.testbed import data
-
-    found = data.contrast(source.kind, source.rows, context.config.cache, context.seed)
-    numbers = {Side.HARM: 0, Side.SAFE: 0}
-    rows = []
-    for side, prompt, _ in found:
-        rows.append(_row(source, side, numbers[side], prompt, positions))
-        numbers[side] += 1
-    return rows
-
-
-def _sides(
-    harm: DatasetConfig, safe: DatasetConfig, rows: int, context: SourceContext
-) -> dict[Side, list[Prompt]]:
-    """At most `rows` prompts of each side."""
-    sides: dict[Side, list[Prompt]] = {}
-    for side, config in ((Side.HARM, harm), (Side.SAFE, safe)):
-        wanted = config.model_copy(update={"rows": min(rows, config.rows or rows)})
-        found = load_prompts(wanted, cache=context.config.cache, seed=context.seed)
-        sides[side] = found[:rows]
-    return sides
+    return [
+        ContrastRow(source=source.label, side=side, prompt=prompt, positions=positions)
+        for side, prompt in sides
+    ], unusable
 
 
 def _row(
@@ -277,11 +225,12 @@ def _row(
     )
 
 
-_BUILDERS: Mapping[type, Callable[[Any, SourceContext], Built]] = {
-    InstructionSource: _text,
-    ContinuationSource: _text,
-    TypographicSource: _typographic,
+_BUILDERS: Mapping[type, Callable[[Any, SourceContext, int], Built]] = {
+    InstructionSource: _two_sided,
+    ContinuationSource: _two_sided,
+    TypographicSource: _two_sided,
     AdversarialSource: _attacked,
     AttributionSource: _attacked,
     FileSource: _file,
 }
+"""Kind to what makes its rows; the number is the source's own seed."""

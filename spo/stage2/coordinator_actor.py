@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from spo.actors.engine_pool import EnginePool
 from spo.actors.restarts import await_back
 from spo.actors.reward_pool import RewardPool
 from spo.algorithms.objectives import is_informative
-from spo.config import RunConfig
+from spo.config import (
+    EngineConfig,
+    LearnConfig,
+    RewardConfig,
+    RolloutConfig,
+    SteeringConfig,
+)
 from spo.engines.base import Sampler
 from spo.errors import StageError
 from spo.records import Batch, Prompt, QuarantinedRow
@@ -105,9 +112,20 @@ class CoordinatorLink:
         raise StageError(f"the coordinator was lost {_MAX_TRIES} times in a row; see its log")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopSettings:
+    """The slices of a configuration that the preference loop works by."""
+
+    seed: int
+    steering: SteeringConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    learn: LearnConfig
+
+
 def make_coordinator(
     prompts: list[Prompt],
-    config: RunConfig,
+    config: LoopSettings,
     rollouts: Sampler,
     scorer: Scorer,
     history: Path,
@@ -137,23 +155,27 @@ def make_coordinator(
     )
 
 
-def start_coordinator(config: RunConfig, prompts: list[Prompt], prefix: str, history: Path) -> Any:
+def start_coordinator(
+    config: LoopSettings, engine: EngineConfig, prompts: list[Prompt], prefix: str, history: Path
+) -> Any:
     """The coordinator as a named actor, which Ray restarts."""
     placed = ray.remote(CoordinatorActor).options(
         name=f"{prefix}-coordinator", num_cpus=0, max_restarts=3
     )
-    arguments = {"prompts": prompts, "config": config, "prefix": prefix, "history": history}
-    return placed.remote(_connected_coordinator, arguments)
+    arguments = {"prompts": prompts, "config": config, "engine": engine}
+    return placed.remote(
+        _connected_coordinator, {**arguments, "prefix": prefix, "history": history}
+    )
 
 
 def _connected_coordinator(
-    prompts: list[Prompt], config: RunConfig, prefix: str, history: Path
+    prompts: list[Prompt], config: LoopSettings, engine: EngineConfig, prefix: str, history: Path
 ) -> Coordinator:
     """Built inside the coordinator's own process, which finds the pools by name."""
     return make_coordinator(
         prompts,
         config,
-        EnginePool.connect(prefix, config.engine),
+        EnginePool.connect(prefix, engine),
         RewardPool.connect(prefix, config.reward),
         history,
     )

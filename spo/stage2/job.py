@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from spo.actors.picture_tasks import Workshop
 from spo.actors.pools import Pools
 from spo.artifact import SteeringArtifact
 from spo.config import RewardConfig, RunConfig
@@ -21,12 +22,12 @@ from spo.errors import ArtifactError, DataError
 from spo.files import write_atomic
 from spo.progress import Reporter, following
 from spo.records import Prompt, QuarantinedRow
-from spo.resolve import learner_model, training_prompts
+from spo.resolve import learner_model, open_corpus
 from spo.run_folder import keep_quarantined
 from spo.stage1.job import build_artifact
 from spo.stage2.attacked_prompts import with_attacked
 from spo.stage2.coordinator import VECTOR_NAME
-from spo.stage2.coordinator_actor import start_coordinator
+from spo.stage2.coordinator_actor import LoopSettings, start_coordinator
 from spo.stage2.worker import TrainLoopSettings, fit
 
 
@@ -42,7 +43,7 @@ class Task:
 
     @classmethod
     def of(cls, config: RunConfig, start: SteeringArtifact) -> Task:
-        prompts, unusable = training_prompts(config.data, config.cache, config.seed)
+        prompts, unusable = open_corpus(config.corpus).training_prompts()
         digest = config.digest_of(
             *("seed", "data", "steering", "rollout", "reward", "learn"),
             also=start.vector.sha256 + repr(prompts),
@@ -81,7 +82,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     """
     task = Task.of(config, load_artifact(config, config.learn.start, pools))
     start, digest = task.start, task.digest
-    keep_quarantined(config, "training prompts", task.unusable)
+    keep_quarantined(config.run_dir, "training prompts", task.unusable)
     done = task.finished(config)
     if done is not None:
         reporter.stage(f"Refine by {config.learn.objective}: finished before")
@@ -93,10 +94,9 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     )
     history = config.run_dir / f"history-{digest}.jsonl"
     history.touch()
-    prompts = with_attacked(task.prompts, config, start, pools.model, reporter)
-    coordinator = start_coordinator(config, prompts, pools.prefix, history)
+    coordinator = _coordinator(config, task, pools, history, reporter)
     settings = TrainLoopSettings(
-        model=learner_model(config, pools.model),
+        model=learner_model(config.engine, pools.model),
         revision=pools.model.revision,
         vector=start.vector.to_bytes(),
         steering=config.steering,
@@ -119,7 +119,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
         vector = fit(settings, name=f"train-{digest}", storage=config.storage)
     own = "" if config.learn.artifact == "spo" else f"-{config.learn.artifact}"
     write_atomic(config.run_dir / f"history{own}.jsonl", history.read_bytes())
-    keep_quarantined(config, "rollouts", ray.get(coordinator.quarantined.remote()))
+    keep_quarantined(config.run_dir, "rollouts", ray.get(coordinator.quarantined.remote()))
     ray.kill(coordinator)
     pools.rollouts.retire(f"{VECTOR_NAME}-{digest}")
     method = f"{config.learn.objective} from {start.method}"
@@ -128,6 +128,30 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     note = {"digest": digest, "sha256": artifact.vector.sha256}
     write_atomic(_note_path(config), json.dumps(note).encode())
     return artifact
+
+
+def _coordinator(
+    config: RunConfig, task: Task, pools: Pools, history: Path, reporter: Reporter
+) -> Any:
+    """The coordinator's actor, on the training prompts with their attacked pictures."""
+    prompts = with_attacked(
+        task.prompts,
+        config.data,
+        corpus=open_corpus(config.corpus),
+        start=task.start,
+        workshop=Workshop(
+            model=pools.model, learn=config.learn, run_dir=config.run_dir, seed=config.seed
+        ),
+        reporter=reporter,
+    )
+    loop = LoopSettings(
+        seed=config.seed,
+        steering=config.steering,
+        rollout=config.rollout,
+        reward=config.reward,
+        learn=config.learn,
+    )
+    return start_coordinator(loop, config.engine, prompts, pools.prefix, history)
 
 
 def load_artifact(config: RunConfig, name: str, pools: Pools) -> SteeringArtifact:

@@ -17,7 +17,7 @@ from spo.evaluation.job import HEADLINE_METRICS
 from spo.files import write_atomic
 from spo.progress import Reporter
 from spo.records import SteeringSpec
-from spo.resolve import evaluation_inputs, fitting_arguments, open_judge
+from spo.resolve import fitting_arguments, open_corpus, open_judge
 from spo.sweep.outcome import Outcome, balanced
 
 FOUND, BASE_DEFENCE = "found", "base"
@@ -37,7 +37,7 @@ def compare_heldout(outcome: Outcome, pools: Pools, reporter: Reporter) -> None:
     base = outcome.base_config
     settings = base.evaluate.model_copy(update={"attacks": ()})
     config = base.model_copy(update={"evaluate": settings})
-    inputs = evaluation_inputs(config)
+    inputs = open_corpus(config.corpus).evaluation_inputs()
     defences: dict[str, SteeringSpec | None] = {"none": None}
     for name, digest in ((BASE_DEFENCE, outcome.base.digest), (FOUND, chosen.result.digest)):
         artifact = SteeringArtifact.load(folder.trial(digest) / "artifact", model_id=None)

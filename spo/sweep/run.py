@@ -17,10 +17,11 @@ from spo.actors.pools import Pools
 from spo.config import RunConfig
 from spo.errors import ConfigError, DataError, StageError
 from spo.files import write_atomic
-from spo.pipeline import prepare
+from spo.pipeline import open_pools, prepare
 from spo.progress import Reporter
-from spo.resolve import evaluation_inputs, open_judge, resolve_model, training_prompts
+from spo.resolve import open_corpus, open_judge, resolve_model
 from spo.stage1.job import run_extract
+from spo.stage1.sources import check_sources
 from spo.sweep.heldout import compare_heldout
 from spo.sweep.outcome import Outcome, balanced, load_outcome, remember_base, write_table
 from spo.sweep.page import write_page
@@ -81,7 +82,7 @@ def run_sweep(config: SweepConfig, base: RunConfig, reporter: Reporter, *, resum
         else:
             search(plan, study, reporter)
             if config.compare:
-                with Pools(base, reporter) as pools:
+                with open_pools(base, reporter) as pools:
                     compare(plan, pools, reporter)
     return finish(folder, config, base, reporter)
 
@@ -116,14 +117,16 @@ def check(config: SweepConfig, base: RunConfig) -> tuple[TrialPlan, optuna.Study
             f"engine.slots={base.engine.slots} leaves {_room(base)}; lower search.concurrent or "
             "raise engine.slots"
         )
-    prompts, _ = training_prompts(base.data, base.cache, base.seed)
+    prompts, _ = open_corpus(base.corpus).training_prompts()
+    if config.vector is None:
+        check_sources(open_corpus(base.corpus), base.extract)
     check_measurable(config, split_prompts(prompts, config.validation))
     if config.search.algorithm == "grid":
         space.grid()
     for point in config.first:
         space.point(point)
     if config.compare:
-        evaluation_inputs(without_attack(base))
+        open_corpus(without_attack(base).corpus).evaluation_inputs()
         open_judge(base.evaluate)
     return plan, open_study(SweepFolder(path=base.run_dir), config, base)
 
@@ -212,7 +215,7 @@ def shared_pool(plan: TrialPlan, reporter: Reporter) -> Iterator[tuple[TrialPlan
     import ray
 
     base = plan.base
-    with Pools(base, reporter) as pools:
+    with open_pools(base, reporter) as pools:
         office = (
             ray.remote(OfficeActor)
             .options(name=office_name(pools.prefix), num_cpus=0, max_concurrency=16)
@@ -298,7 +301,7 @@ def _measure_unsteered(plan: TrialPlan) -> None:
     from spo.actors.reward_pool import RewardPool
 
     base = plan.base
-    prompts, _ = training_prompts(base.data, base.cache, base.seed)
+    prompts, _ = open_corpus(base.corpus).training_prompts()
     Validator(
         EnginePool.connect(plan.prefix, base.engine),
         RewardPool.connect(plan.prefix, base.reward),

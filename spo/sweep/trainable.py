@@ -20,8 +20,9 @@ from spo.engines.base import Sampler
 from spo.engines.factory import open_learner_engine
 from spo.engines.forward import DifferentiableEngine
 from spo.errors import StageError
+from spo.pipeline import open_pools
 from spo.progress import Silent
-from spo.resolve import learner_model, resolve_model, training_prompts
+from spo.resolve import learner_model, open_corpus, resolve_model
 from spo.sweep.leased_sampler import LeasedSampler
 from spo.sweep.plan import BASE, TrialPlan
 from spo.sweep.slot_office import RemoteOffice
@@ -42,7 +43,7 @@ class SweepTrainable(tune.Trainable):  # type: ignore[misc]
         self._plan = plan
         self._own: Pools | None = None
         self._engine: DifferentiableEngine | None = None
-        prompts, _ = training_prompts(plan.base.data, plan.base.cache, plan.base.seed)
+        prompts, _ = open_corpus(plan.base.corpus).training_prompts()
         self._split = split_prompts(prompts, plan.sweep.validation)
         self._sampler: Sampler
         self._scorer: Scorer
@@ -52,7 +53,7 @@ class SweepTrainable(tune.Trainable):  # type: ignore[misc]
             self._sampler = EnginePool.connect(plan.prefix, plan.base.engine)
             self._scorer = RewardPool.connect(plan.prefix, plan.base.reward)
         else:
-            self._own = Pools(plan.base, Silent())
+            self._own = open_pools(plan.base, Silent())
             self._own.__enter__()
             self._sampler, self._scorer = self._own.rollouts, self._own.rewards
         self._begin(config)
@@ -130,7 +131,7 @@ class SweepTrainable(tune.Trainable):  # type: ignore[misc]
         if self._engine is None:
             model = resolve_model(config.model, config.cache)
             self._engine = open_learner_engine(
-                learner_model(config, model), model.revision, config.learn
+                learner_model(config.engine, model), model.revision, config.learn
             )
         return self._engine
 

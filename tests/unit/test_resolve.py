@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from spo.config import DataConfig, EvaluateConfig, RewardConfig, RunConfig
+from spo.config import DataConfig, EvaluateConfig, RunConfig
 from spo.datasets.prompts import write_prompts
 from spo.errors import ConfigError, DataError
 from spo.records import Prompt, PromptFormat, PromptKind
-from spo.resolve import evaluation_inputs, fitting_arguments, training_prompts
+from spo.resolve import evaluation_inputs, training_prompts
 
 
 def prompt_file(folder: Path) -> Path:
@@ -91,19 +91,3 @@ def test_own_evaluation_prompts_need_material_for_the_attack(tmp_path: Path) -> 
     only_benign.write_text('{"prompt_id": "x", "text": "?", "kind": "benign"}')
     with pytest.raises(DataError, match="no prompt of kind 'harm'"):
         evaluation_inputs(RunConfig(data=DataConfig(heldout=str(only_benign)), evaluate=quiet))
-
-
-def test_alignment_model_must_name_its_weights(tmp_path: Path) -> None:
-    named = fitting_arguments(RewardConfig(alignment_model="ViT-B-32:laion2b"), tmp_path)
-    assert named == {"model": "ViT-B-32", "pretrained": "laion2b"}
-    with pytest.raises(ConfigError, match="MODEL:PRETRAINED"):
-        fitting_arguments(RewardConfig(alignment_model="ViT-B-32"), tmp_path)
-
-
-def test_an_evaluation_measures_with_the_alignment_part_of_the_reward(tmp_path: Path) -> None:
-    toxicity = {"kind": "toxicity", "weight": -1}
-    part = {"kind": "alignment", "weight": 1, "model": "ViT-B-32:laion2b"}
-    config = RewardConfig.model_validate({"parts": [toxicity, part]})
-    assert fitting_arguments(config, tmp_path) == {"model": "ViT-B-32", "pretrained": "laion2b"}
-    without = RewardConfig.model_validate({"parts": [toxicity]})
-    assert fitting_arguments(without, tmp_path) == fitting_arguments(RewardConfig(), tmp_path)

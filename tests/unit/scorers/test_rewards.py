@@ -32,7 +32,7 @@ from spo.records import (
     Rollout,
     ScoredRollout,
 )
-from spo.resolve import reward_parts
+from spo.resolve import fitting_arguments, reward_parts
 from spo.scorers.rewards import REWARDS, RewardKind, costs_of, reward_of
 from spo.stage2.history import Recorder
 from tests.llm_server import LlmServer, llm_server
@@ -438,3 +438,15 @@ def test_parts_reach_the_history(tmp_path: Path) -> None:
         "judge_benign": 0.0,
     }
     assert isinstance(config.counted[2], LlmPart)
+
+
+def test_an_evaluation_measures_with_the_alignment_part_of_the_reward(tmp_path: Path) -> None:
+    part = {"kind": "alignment", "weight": 1, "model": "ViT-B-32:laion2b"}
+    expected = {"model": "ViT-B-32", "pretrained": "laion2b"}
+    assert fitting_arguments(with_parts(HARM, part), tmp_path) == expected
+    by_key = RewardConfig(alignment_model="ViT-B-32:laion2b")
+    assert fitting_arguments(by_key, tmp_path) == expected
+    usual = fitting_arguments(RewardConfig(), tmp_path)
+    assert fitting_arguments(with_parts(HARM), tmp_path) == usual
+    with pytest.raises(ConfigError, match="MODEL:PRETRAINED"):
+        fitting_arguments(RewardConfig(alignment_model="ViT-B-32"), tmp_path)
