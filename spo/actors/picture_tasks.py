@@ -19,10 +19,10 @@ from ray.exceptions import GetTimeoutError
 
 from spo.config import (
     AdversarialSource,
-    AttackConfig,
     AttributionSource,
     ExtractConfig,
     LearnConfig,
+    PgdConfig,
 )
 from spo.engines.identity import folder_revision
 from spo.errors import StageError
@@ -52,7 +52,7 @@ class AttackJob:
     get a picture."""
     targets: Sequence[str]
     """`corpus`: harmful sentences; `prompt`: one for each prompt."""
-    config: AttackConfig
+    config: PgdConfig
     learn: LearnConfig
     """Device and computation type."""
     seed: int
@@ -299,7 +299,7 @@ def make_pictures(job: PictureJob) -> list[dict[str, Any]]:
                 load_image(str(start)),
                 prompts=job.prompts,
                 targets=job.targets,
-                config=AttackConfig(
+                config=PgdConfig(
                     epsilon_255=job.source.epsilon_255,
                     steps=job.source.steps,
                     step_size_255=job.source.step_size_255,

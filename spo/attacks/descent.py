@@ -19,7 +19,7 @@ from torch import Tensor
 from spo.attacks.likelihood import TargetLikelihood
 from spo.attacks.packed_pairs import Pair, Tokens
 from spo.attacks.pixels import PixelSpace
-from spo.config.evaluation import AttackConfig
+from spo.config.attacks import PgdConfig
 from spo.records import Prompt
 
 Progress = Callable[[int, int, str], None]
@@ -108,7 +108,7 @@ def descend(
     likelihood: TargetLikelihood,
     space: PixelSpace,
     goals: Sequence[Goal],
-    config: AttackConfig,
+    config: PgdConfig,
     *,
     restart: int = 0,
     looks: int = 5,
@@ -157,7 +157,7 @@ def descend(
     return [climber.found for climber in climbers]
 
 
-def step_share(config: AttackConfig, place: int) -> float:
+def step_share(config: PgdConfig, place: int) -> float:
     """The step at a place of the schedule as a share of the first one."""
     passed = place / config.steps
     if config.schedule == "cosine":
@@ -173,7 +173,7 @@ def is_flat(losses: Sequence[float], steps: int, gain: float) -> bool:
     return before - float(np.mean(losses[-steps:])) < gain * abs(before)
 
 
-def _advance(climber: _Climber, loss: float, pairs: int, config: AttackConfig) -> None:
+def _advance(climber: _Climber, loss: float, pairs: int, config: PgdConfig) -> None:
     climber.found.losses.append(loss)
     climber.found.pairs += pairs
     climber.place += 1

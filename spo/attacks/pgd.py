@@ -25,7 +25,7 @@ from spo.attacks.descent import Descent, Goal, Look, Progress, descend
 from spo.attacks.likelihood import TargetLikelihood
 from spo.attacks.packed_pairs import Pair, Tokens
 from spo.attacks.pixels import PixelSpace
-from spo.config.evaluation import AttackConfig
+from spo.config.attacks import PgdConfig
 from spo.engines.forward import SteeringPlan
 from spo.engines.hf.engine import HfEngine
 from spo.errors import DataError
@@ -88,7 +88,7 @@ def universal_pgd(
     *,
     prompts: Sequence[Prompt],
     targets: Sequence[str | Sequence[int]],
-    config: AttackConfig,
+    config: PgdConfig,
     plan: SteeringPlan | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -126,7 +126,7 @@ def prompt_pgd(
     image: Image.Image,
     *,
     pairs: Sequence[tuple[Prompt, str | Sequence[int]]],
-    config: AttackConfig,
+    config: PgdConfig,
     plan: SteeringPlan | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -173,7 +173,7 @@ def joint_pgd(
     engine: HfEngine,
     goals: Sequence[PictureGoal],
     *,
-    config: AttackConfig,
+    config: PgdConfig,
     plan: SteeringPlan | None = None,
     at_once: int | None = None,
     looks: int = 1,
@@ -285,7 +285,7 @@ def _checkpoint(space: PixelSpace, look: Look) -> Checkpoint:
     return Checkpoint(step=look.step, loss=look.loss, image=space.picture(look.pixels))
 
 
-def _counted(progress: Progress | None, restart: int, config: AttackConfig) -> Progress | None:
+def _counted(progress: Progress | None, restart: int, config: PgdConfig) -> Progress | None:
     """Progress of one start as a part of all of them."""
     if progress is None:
         return None

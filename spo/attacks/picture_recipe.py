@@ -17,7 +17,7 @@ from spo.attacks.descent import Progress
 from spo.attacks.objectives import Objective
 from spo.attacks.pgd import PgdResult, PictureGoal, joint_pgd
 from spo.attacks.picture_set import MadePicture, PictureSplit
-from spo.config.evaluation import AttackConfig
+from spo.config.attacks import PgdConfig
 from spo.engines.forward import SteeringPlan
 from spo.engines.hf.engine import HfEngine
 from spo.errors import DataError
@@ -28,7 +28,7 @@ RECIPE_VERSION = 1
 _WIDEST_STEP = 10.0
 
 
-BUDGET = AttackConfig(
+BUDGET = PgdConfig(
     steps=400,
     pairs_per_step=8,
     schedule="cosine",
@@ -47,7 +47,7 @@ class PictureRecipe:
     """L-infinity radii in units of 1/255."""
     per_split: int = 8
     """Pictures of each split, objective and radius."""
-    budget: AttackConfig = BUDGET
+    budget: PgdConfig = BUDGET
     """Steps, schedule, pairs per step, restarts, early stop; radius and step size are not used."""
     pictures_at_once: int = 24
     """Pictures that share forward passes."""

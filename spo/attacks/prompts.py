@@ -1,8 +1,8 @@
 """Attacks that rewrite requests, text or picture, without looking at the model; all by name.
 
-Adding one: a function of prompts and `Material` here, a line in `ATTACKS`, a test. Another package
-adds an `Attack` by an entry point of group `spo.attacks`. The pixel attack, `pgd`, needs gradients
-of the model and lies in `spo.attacks.pgd`.
+Adding one: a function of prompts and `Material` and a line in `ATTACKS` here, its settings in
+`spo.config.attacks`, a test. Another package adds an `Attack` by an entry point of group
+`spo.attacks`. The pixel attack, `pgd`, needs gradients of the model and lies in `spo.attacks.pgd`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from PIL import Image
 from spo import plugins
 from spo.attacks.templates import template_prompts
 from spo.attacks.typographic import typographic_prompts
+from spo.config.attacks import RequestAttack
+from spo.errors import ConfigError
 from spo.records import Prompt
 
 
@@ -23,6 +25,8 @@ from spo.records import Prompt
 class Material:
     """What an attack on requests may use."""
 
+    attack: RequestAttack
+    """Its settings."""
     draw: Callable[[str], Image.Image]
     """Renders words, with line breaks, as a picture of the size that the model takes."""
     folder: Path
@@ -56,6 +60,14 @@ ATTACKS: dict[str, Attack] = {
     "typographic": Attack(rewrite=_typographic),
     "template": Attack(rewrite=_template),
 }
+
+
+def rewritten(prompts: Sequence[Prompt], material: Material) -> Sequence[Prompt]:
+    """Harmful requests as an attack asks them."""
+    rewrite = attack_of(material.attack.kind).rewrite
+    if rewrite is None:  # the configuration has refused it
+        raise ConfigError(f"attack {material.attack.kind!r} rewrites no requests")
+    return rewrite(prompts, material)
 
 
 def attack_of(kind: str) -> Attack:

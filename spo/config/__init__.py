@@ -4,8 +4,15 @@ Unknown keys are errors. A component takes only its own slice; only jobs, the pi
 see `RunConfig`. Names carry units.
 """
 
+from spo.config.attacks import (
+    AnyAttack,
+    AttackConfig,
+    PgdConfig,
+    TemplateConfig,
+    TypographicConfig,
+)
 from spo.config.datasets import DatasetConfig
-from spo.config.evaluation import AttackConfig, DefenceConfig, EvaluateConfig, JudgeConfig
+from spo.config.evaluation import DefenceConfig, EvaluateConfig, JudgeConfig
 from spo.config.load import load_config
 from spo.config.run import (
     CorpusSettings,
@@ -31,6 +38,7 @@ from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutCo
 
 __all__ = [
     "AdversarialSource",
+    "AnyAttack",
     "AttackConfig",
     "AttributionSource",
     "ContinuationSource",
@@ -47,6 +55,7 @@ __all__ = [
     "JudgeConfig",
     "LearnConfig",
     "ModelConfig",
+    "PgdConfig",
     "RayConfig",
     "RewardConfig",
     "RolloutConfig",
@@ -54,6 +63,8 @@ __all__ = [
     "ServeConfig",
     "SourceConfig",
     "SteeringConfig",
+    "TemplateConfig",
+    "TypographicConfig",
     "TypographicSource",
     "load_config",
 ]

@@ -36,7 +36,7 @@ def validated(kind: type[_Model], tree: dict[str, Any], path: Path | str | None)
         return kind.model_validate(tree)
     except ValidationError as error:
         lines = [
-            f"  {'.'.join(map(str, item['loc']))}: {item['msg']} (got {item['input']!r})"
+            f"  {_key(item['loc'])}: {item['msg']} (got {item['input']!r})"
             for item in error.errors()
         ]
         where = f" in {path}" if path else ""
@@ -45,6 +45,16 @@ def validated(kind: type[_Model], tree: dict[str, Any], path: Path | str | None)
             + "\n".join(lines)
             + "\n`--dry-run` without overrides prints every key with its default"
         ) from error
+
+
+def _key(place: Sequence[str | int]) -> str:
+    """The key as it is written: without the marks of a union of ours and other packages' kinds."""
+    kept = [
+        part
+        for before, part in zip(("", *place), place, strict=False)
+        if not (isinstance(before, int) and part in ("own", "added")) and before != "own"
+    ]
+    return ".".join(map(str, kept))
 
 
 def split_override(override: str) -> tuple[list[str], Any]:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from spo import plugins
+from spo.config.attacks import PgdConfig
 from spo.config.base import Fraction, Location, Positive, Slice
-from spo.config.evaluation import AttackConfig, EvaluateConfig
+from spo.config.evaluation import EvaluateConfig
 from spo.config.serving import ServeConfig
 from spo.config.stage1 import EstimateConfig, ExtractConfig
 from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutConfig
@@ -48,7 +49,7 @@ class DataConfig(Slice):
     the loop."""
     picture_size: Positive | None = None
     """Side of such a drawn picture; None takes the testbed's own, or 336 for other prompts."""
-    attacks: tuple[AttackConfig, ...] = ()
+    attacks: tuple[PgdConfig, ...] = ()
     """Picture attacks in the loop of Stage II, made before its first step, on training prompts and
     training targets; an `adaptive` one goes through `learn.start`'s vector as it is applied."""
     attacked_fraction: Fraction = 0.25
@@ -60,14 +61,17 @@ class DataConfig(Slice):
     """Harmful sentences, one a line, that these attacks aim at; the testbed has its own. Not those
     of `evaluate.attack_targets_file`."""
 
-    @model_validator(mode="after")
-    def _pictures_only(self) -> DataConfig:
-        kinds = [attack.kind for attack in self.attacks if attack.kind != "pgd"]
-        if kinds:
+    @field_validator("attacks", mode="before")
+    @classmethod
+    def _pictures_only(cls, attacks: Any) -> Any:
+        listed = attacks if isinstance(attacks, list | tuple) else ()
+        kinds = [one.get("kind", "pgd") if isinstance(one, dict) else one.kind for one in listed]
+        others = [kind for kind in kinds if kind != "pgd"]
+        if others:
             raise ValueError(
-                f"'attacks' takes kind 'pgd', got {kinds}; drawn words: 'typographic_fraction'"
+                f"'attacks' takes kind 'pgd', got {others}; drawn words: 'typographic_fraction'"
             )
-        return self
+        return attacks
 
 
 class SteeringConfig(Slice):

@@ -15,6 +15,7 @@ from spo.config import (
     EvaluateConfig,
     FileSource,
     InstructionSource,
+    PgdConfig,
     SourceConfig,
     TypographicSource,
 )
@@ -240,7 +241,7 @@ def _decodable(prompts: list[Prompt]) -> tuple[list[Prompt], list[QuarantinedRow
 
 def _attack_material(config: EvaluateConfig) -> tuple[Path | None, tuple[str, ...]]:
     """Clean picture and target sentences of picture attacks on a user's own prompts."""
-    if not any(attack.kind == "pgd" for attack in config.attacks):
+    if not any(isinstance(attack, PgdConfig) for attack in config.attacks):
         return None, ()
     if config.attack_targets_file is None or config.attack_picture is None:
         raise ConfigError(

@@ -14,8 +14,8 @@ from typing import Any
 from spo.actors.picture_tasks import AttackJob, Workshop, pictures_of
 from spo.attacks.drawing import draw_text
 from spo.attacks.objectives import wanted
-from spo.attacks.prompts import Material, attack_of
-from spo.config import AttackConfig, EvaluateConfig
+from spo.attacks.prompts import Material, rewritten
+from spo.config import EvaluateConfig, PgdConfig
 from spo.corpus.base import PICTURE_SIZE, EvaluationInputs
 from spo.evaluation.defences import UNDEFENDED, Defence
 from spo.evaluation.results import with_picture
@@ -37,16 +37,17 @@ def attacked_sets(
     """One more prompt set for each attack, and success curves of the picture attacks."""
     sets = {part.condition: part for part in inputs.sets}
     made: list[PromptSet] = []
-    pictures = _pictures(config.attacks, inputs, defences, workshop, reporter)
+    by_gradients = [attack for attack in config.attacks if isinstance(attack, PgdConfig)]
+    pictures = _pictures(by_gradients, inputs, defences, workshop, reporter)
     for attack in config.attacks:
-        rewrite = attack_of(attack.kind).rewrite
-        if rewrite is not None:
+        if not isinstance(attack, PgdConfig):
             base = sets["plain"]
             material = Material(
+                attack=attack,
                 draw=lambda words: draw_text(words, inputs.picture_size or PICTURE_SIZE),
-                folder=workshop.run_dir / "attack" / attack.kind,
+                folder=workshop.run_dir / "attack" / attack.name,
             )
-            prompts = tuple(rewrite(base.prompts, material))
+            prompts = tuple(rewritten(base.prompts, material))
             made.append(replace(base, condition=attack.name, prompts=prompts))
         elif inputs.attacked is not None:
             made.append(_with_pictures(sets[inputs.attacked], attack, defences, pictures))
@@ -58,7 +59,7 @@ def attacked_sets(
 
 def _with_pictures(
     base: PromptSet,
-    attack: AttackConfig,
+    attack: PgdConfig,
     defences: Sequence[Defence],
     pictures: _Curves,
 ) -> PromptSet:
@@ -82,7 +83,7 @@ def _with_pictures(
     )
 
 
-def _curve_sets(base: PromptSet, attack: AttackConfig, pictures: _Curves) -> list[PromptSet]:
+def _curve_sets(base: PromptSet, attack: PgdConfig, pictures: _Curves) -> list[PromptSet]:
     """The set at every checkpoint of the first picture; for the attacked defence only."""
     return [
         replace(
@@ -98,7 +99,7 @@ def _curve_sets(base: PromptSet, attack: AttackConfig, pictures: _Curves) -> lis
 
 
 def _pictures(
-    attacks: Sequence[AttackConfig],
+    attacks: Sequence[PgdConfig],
     inputs: EvaluationInputs,
     defences: Sequence[Defence],
     workshop: Workshop,
@@ -109,12 +110,10 @@ def _pictures(
         return {}
     jobs: dict[tuple[str, str], list[AttackJob]] = {}
     for attack in attacks:
-        if attack.kind == "pgd":
-            for defence in defences if attack.adaptive else [UNDEFENDED]:
-                jobs[attack.name, defence.name] = [
-                    _job(inputs, attack, defence, workshop, number)
-                    for number in range(attack.pictures)
-                ]
+        for defence in defences if attack.adaptive else [UNDEFENDED]:
+            jobs[attack.name, defence.name] = [
+                _job(inputs, attack, defence, workshop, number) for number in range(attack.pictures)
+            ]
     every = [job for several in jobs.values() for job in several]
     made = pictures_of(every, reporter.note, reporter.step)
     found = {key: [made[job.name] for job in several] for key, several in jobs.items()}
@@ -129,7 +128,7 @@ def _pictures(
 
 def _job(
     inputs: EvaluationInputs,
-    attack: AttackConfig,
+    attack: PgdConfig,
     defence: Defence,
     workshop: Workshop,
     number: int,

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spo.config import AttackConfig, EngineConfig, ExtractConfig, LearnConfig, RewardConfig
+from spo.config import (
+    AttackConfig,
+    EngineConfig,
+    ExtractConfig,
+    LearnConfig,
+    PgdConfig,
+    RewardConfig,
+)
 from spo.errors import StageError
 
 _SLACK = 1e-6
@@ -102,7 +109,7 @@ def phases_of(config: Workload, stages: Sequence[str]) -> dict[str, list[Role]]:
     def attacks(where: str, listed: Sequence[AttackConfig]) -> Role:
         return Role(
             name="picture attack",
-            count=min(1, sum(attack.kind == "pgd" for attack in listed)),
+            count=min(1, sum(isinstance(attack, PgdConfig) for attack in listed)),
             cpus=1,
             gpus=gpus,
             setting=f"learn.num_gpus or {where}.attacks",

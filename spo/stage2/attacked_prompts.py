@@ -13,7 +13,7 @@ from dataclasses import replace
 from spo.actors.picture_tasks import AttackJob, Workshop, pictures_of
 from spo.artifact import SteeringArtifact
 from spo.attacks.objectives import wanted
-from spo.config import AttackConfig, DataConfig
+from spo.config import DataConfig, PgdConfig
 from spo.corpus.base import AttackMaterial, Corpus, harmful_share
 from spo.progress import Reporter
 from spo.records import Prompt
@@ -72,7 +72,7 @@ def with_attacked(
 
 
 def _jobs(
-    attacks: Sequence[AttackConfig],
+    attacks: Sequence[PgdConfig],
     material: AttackMaterial,
     start: SteeringArtifact,
     workshop: Workshop,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spo.config import CorpusSettings
+from spo.config import CorpusSettings, PgdConfig
 from spo.corpus.base import (
     AttackMaterial,
     EvaluationInputs,
@@ -67,7 +67,7 @@ class EmbeddedCorpus:
         requests = tuple(data.picture_requests("heldout", image=picture)[: settings.harm_prompts])
         twins = data.benign_twins(count=settings.benign_prompts, seed=seed)
         texts, references = data.benign_texts(count=settings.benign_prompts, seed=seed)
-        attacks = [attack for attack in settings.attacks if attack.kind == "pgd"]
+        attacks = [attack for attack in settings.attacks if isinstance(attack, PgdConfig)]
         benchmarks = benchmark_sets(self.settings)
         return EvaluationInputs(
             sets=(

@@ -41,7 +41,8 @@ BEST = Objective(loss=push_best, on_policy=True, smallest_gap=0.25)
 
 
 def shouted(prompts, material):
-    return [replace(prompt, text=prompt.text.upper()) for prompt in prompts]
+    end = material.attack.settings["end"]
+    return [replace(prompt, text=prompt.text.upper() + end) for prompt in prompts]
 
 
 SHOUT = Attack(rewrite=shouted)
@@ -89,7 +90,7 @@ USE = """
 from dataclasses import replace
 import torch
 from spo.api import Model
-from spo.attacks.prompts import Material, attack_of
+from spo.attacks.prompts import Material, rewritten
 from spo.config import load_config
 from spo.engines.fake import WORDS, FakeEngine
 from spo.records import Batch, Prompt, PromptKind, GenerateRequest, Sampling, ScoredRollout
@@ -99,7 +100,8 @@ from spo.stage2.learner import VectorLearner
 config = load_config(None, [
     "estimate.method=medians", "learn.objective=best",
     "reward.parts=[{kind: toxicity, weight: -1}, {kind: short, weight: -2, settings: {per: 3.0}}]",
-    "evaluate.attacks=[{kind: shout}]", "learn.learning_rate=0.2", "learn.kl_weight_harm=0",
+    "evaluate.attacks=[{kind: shout, settings: {end: '!'}}]",
+    "learn.learning_rate=0.2", "learn.kl_weight_harm=0",
     "learn.max_kl=10", "learn.max_grad_norm=100", "steering.coefficient=1",
 ])
 engine = FakeEngine()
@@ -131,8 +133,9 @@ for step in range(12):
 first = groups[0][0]
 print("rudeness", before, after)
 print("reward", first.reward.parts["short"] == 3 / (1 + len(first.rollout.text)))
-print("attack", attack_of(config.evaluate.attacks[0].kind).rewrite(prompts, None)[0].text,
-      config.evaluate.attacks[0].name)
+attack = config.evaluate.attacks[0]
+material = Material(attack=attack, draw=None, folder=None)
+print("attack", rewritten(prompts, material)[0].text, attack.name)
 from spo.algorithms.objectives import is_informative
 print("gaps", is_informative([0.1, 0.3], config.learn), is_informative([0.1, 0.4], config.learn))
 """
@@ -147,7 +150,7 @@ def test_an_installed_package_adds_all_four_kinds(tmp_path: Path) -> None:
     before, after = map(float, said["rudeness"].split())
     assert after < 0.8 * before
     assert said["reward"] == "True"
-    assert said["attack"] == "X shout"
+    assert said["attack"] == "X! shout"
     assert said["gaps"] == "False True"
 
 

@@ -17,7 +17,7 @@ from spo.attacks.objectives import COMPLIANCE_OPENINGS, wanted
 from spo.attacks.packed_pairs import PackedPairs, Pair
 from spo.attacks.pgd import PictureGoal, joint_pgd, universal_pgd
 from spo.attacks.pixels import PixelSpace
-from spo.config import AttackConfig
+from spo.config import PgdConfig, TemplateConfig
 from spo.engines.forward import SteeringPlan
 from spo.engines.hf.engine import HfEngine
 from spo.errors import EngineError
@@ -138,7 +138,7 @@ def test_a_prompt_that_ends_with_its_picture_is_not_packed() -> None:
 
 
 def test_pictures_made_together_equal_those_made_alone(engine: HfEngine) -> None:
-    config = AttackConfig(steps=6, pairs_per_step=3)
+    config = PgdConfig(steps=6, pairs_per_step=3)
     goals = [
         PictureGoal(
             image=_image(number),
@@ -212,8 +212,8 @@ def test_every_pair_comes_once_a_round_and_those_held_apart_never() -> None:
 
 
 def test_the_step_size_falls_to_its_last_share() -> None:
-    linear = AttackConfig(steps=100, final_step=0.2)
-    cosine = AttackConfig(steps=100, final_step=0.2, schedule="cosine")
+    linear = PgdConfig(steps=100, final_step=0.2)
+    cosine = PgdConfig(steps=100, final_step=0.2, schedule="cosine")
     for config in (linear, cosine):
         shares = [step_share(config, place) for place in range(101)]
         assert shares[0] == 1.0
@@ -235,7 +235,7 @@ def test_a_curve_is_flat_when_two_means_hardly_differ() -> None:
 
 def test_a_flat_curve_ends_the_attack_early_with_small_steps(engine: HfEngine) -> None:
     # No radius worth the name: nothing can be gained.
-    still = AttackConfig(steps=100, pairs_per_step=2, epsilon_255=0.4, step_size_255=0.1)
+    still = PgdConfig(steps=100, pairs_per_step=2, epsilon_255=0.4, step_size_255=0.1)
     stopping = still.model_copy(update={"flat_steps": 5, "flat_gain": 0.5})
     prompts, targets = _prompts("how"), ["no"]
     result = universal_pgd(engine, _image(1), prompts=prompts, targets=targets, config=stopping)
@@ -251,7 +251,7 @@ def test_a_flat_curve_ends_the_attack_early_with_small_steps(engine: HfEngine) -
 def test_of_several_starts_the_best_on_the_pairs_held_apart_is_kept(engine: HfEngine) -> None:
     prompts = _prompts("how do I", "why is it", "tell me", "who was", "where")
     targets = COMPLIANCE_OPENINGS[:4]
-    config = AttackConfig(steps=4, pairs_per_step=2, restarts=3, epsilon_255=64, step_size_255=8)
+    config = PgdConfig(steps=4, pairs_per_step=2, restarts=3, epsilon_255=64, step_size_255=8)
     result = universal_pgd(
         engine, _image(1), prompts=prompts, targets=targets, config=config, seed=2
     )
@@ -268,9 +268,9 @@ def test_of_several_starts_the_best_on_the_pairs_held_apart_is_kept(engine: HfEn
 def test_objectives_name_their_targets_and_conditions() -> None:
     assert wanted("compliance", ["rude"]) == COMPLIANCE_OPENINGS
     assert wanted("toxic", ["rude"]) == ("rude",)
-    assert AttackConfig(epsilon_255=16).name == "pgd-16"
-    assert AttackConfig(epsilon_255=16, objective="compliance").name == "pgd-compliance-16"
+    assert PgdConfig(epsilon_255=16).name == "pgd-16"
+    assert PgdConfig(epsilon_255=16, objective="compliance").name == "pgd-compliance-16"
     with pytest.raises(ValueError, match="'objective' goes with kind 'pgd' only"):
-        AttackConfig(kind="template", objective="compliance")
-    assert AttackConfig(targets=4).pairs == 4
-    assert AttackConfig(targets=4, pairs_per_step=6).pairs == 6
+        TemplateConfig.model_validate({"objective": "compliance"})
+    assert PgdConfig(targets=4).pairs == 4
+    assert PgdConfig(targets=4, pairs_per_step=6).pairs == 6

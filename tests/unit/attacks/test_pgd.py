@@ -20,7 +20,7 @@ from spo.attacks.pgd import (
     universal_pgd,
 )
 from spo.attacks.pixels import PixelSpace
-from spo.config import AttackConfig
+from spo.config import PgdConfig
 from spo.engines.forward import SteeringPlan
 from spo.engines.hf.engine import HfEngine
 from spo.errors import DataError, EngineError
@@ -66,9 +66,7 @@ def _prompts(*texts: str, image: str | None = None) -> list[Prompt]:
     ]
 
 
-def _attack(
-    engine: HfEngine, image: Image.Image, config: AttackConfig, **options: Any
-) -> PgdResult:
+def _attack(engine: HfEngine, image: Image.Image, config: PgdConfig, **options: Any) -> PgdResult:
     """An attack on two prompts with all targets."""
     defaults = {"prompts": _prompts("you are", "she said"), "targets": TARGETS}
     return universal_pgd(engine, image, config=config, **{**defaults, **options})
@@ -152,7 +150,7 @@ def test_loss_is_the_mean_over_target_tokens(
 def test_the_picture_lies_in_the_ball_and_survives_png(
     engine: HfEngine, image: Image.Image, tmp_path: Path, epsilon: float
 ) -> None:
-    config = AttackConfig(steps=6, targets=2, epsilon_255=epsilon, step_size_255=epsilon / 2)
+    config = PgdConfig(steps=6, targets=2, epsilon_255=epsilon, step_size_255=epsilon / 2)
     result = _attack(engine, image, config)
     attacked = np.asarray(result.image).astype(int)
     clean = np.asarray(result.clean).astype(int)
@@ -195,7 +193,7 @@ def test_the_loss_falls_and_a_wider_ball_helps(
         _attack(
             engine,
             image,
-            AttackConfig(steps=15, targets=2, epsilon_255=epsilon, step_size_255=epsilon / 8),
+            PgdConfig(steps=15, targets=2, epsilon_255=epsilon, step_size_255=epsilon / 8),
             plan=plan,
         )
         for epsilon in (2.0, 64.0)
@@ -211,7 +209,7 @@ def test_the_adaptive_attack_gains_on_what_the_blind_one_left(
 ) -> None:
     plan = _plan(engine, Operator.ADD, coefficient=2.0)
     goal = {"prompts": _prompts("you are"), "targets": TARGETS[:1]}
-    config = AttackConfig(steps=20, targets=1, epsilon_255=16, step_size_255=4)
+    config = PgdConfig(steps=20, targets=1, epsilon_255=16, step_size_255=4)
     blind = _attack(engine, image, config, **goal)
     adaptive = _attack(engine, blind.image, config, plan=plan, **goal)
     # Its clean loss is the loss of the blind picture through the defence.
@@ -219,7 +217,7 @@ def test_the_adaptive_attack_gains_on_what_the_blind_one_left(
 
 
 def test_the_same_seed_gives_the_same_picture(engine: HfEngine, image: Image.Image) -> None:
-    config = AttackConfig(steps=3, targets=1, epsilon_255=16, step_size_255=4)
+    config = PgdConfig(steps=3, targets=1, epsilon_255=16, step_size_255=4)
     seen: list[tuple[int, int, str]] = []
     first = _attack(engine, image, config, seed=5, progress=lambda *event: seen.append(event))
     again = _attack(engine, image, config, seed=5)
@@ -231,7 +229,7 @@ def test_the_same_seed_gives_the_same_picture(engine: HfEngine, image: Image.Ima
 
 
 def test_targets_as_tokens_equal_targets_as_text(engine: HfEngine, image: Image.Image) -> None:
-    config = AttackConfig(steps=1, targets=2)
+    config = PgdConfig(steps=1, targets=2)
     prompts = _prompts("you are")
     tokens = engine.prompts.tokenizer(" bad", add_special_tokens=False)["input_ids"]
     texts, ids = (
@@ -242,7 +240,7 @@ def test_targets_as_tokens_equal_targets_as_text(engine: HfEngine, image: Image.
 
 
 def test_bad_input_is_named(engine: HfEngine, image: Image.Image, tmp_path: Path) -> None:
-    config = AttackConfig(steps=1, targets=1)
+    config = PgdConfig(steps=1, targets=1)
     with pytest.raises(DataError, match="at least one prompt"):
         _attack(engine, image, config, prompts=[])
     with pytest.raises(DataError, match=r"which \[1\] are empty"):
@@ -273,7 +271,7 @@ def test_a_processor_that_changes_finished_pictures_is_refused(
 def test_each_prompt_gets_its_own_picture(engine: HfEngine, image: Image.Image) -> None:
     prompts = _prompts("you are", "she said", "what")
     pairs = list(zip(prompts, (" bad", " awful thing", " bad"), strict=True))
-    config = AttackConfig(steps=12, epsilon_255=64, step_size_255=8, target="prompt", restarts=2)
+    config = PgdConfig(steps=12, epsilon_255=64, step_size_255=8, target="prompt", restarts=2)
     together = prompt_pgd(engine, image, pairs=pairs, config=config)
     assert len(together) == 3
     for result in together:
@@ -289,7 +287,7 @@ def test_each_prompt_gets_its_own_picture(engine: HfEngine, image: Image.Image) 
 def test_the_strength_curve_runs_from_the_clean_picture_to_the_result(
     engine: HfEngine, image: Image.Image
 ) -> None:
-    config = AttackConfig(steps=10, targets=2, epsilon_255=64, step_size_255=8)
+    config = PgdConfig(steps=10, targets=2, epsilon_255=64, step_size_255=8)
     result = _attack(engine, image, config)
     assert [look.step for look in result.checkpoints] == [0, 2, 4, 6, 8, 10]
     assert result.checkpoints[0].loss == pytest.approx(result.clean_loss, abs=1e-4)

@@ -25,7 +25,7 @@ from spo.attacks.picture_set import (
     thinned,
     write_picture_set,
 )
-from spo.config import AttackConfig
+from spo.config import PgdConfig
 from spo.engines.hf.engine import HfEngine
 from spo.errors import ArtifactError, DataError
 from spo.records import Prompt, PromptKind
@@ -35,7 +35,7 @@ MODEL = "tiny@0123"
 RECIPE = PictureRecipe(
     radii=(16.0, 255.0),
     per_split=2,
-    budget=AttackConfig(steps=3, pairs_per_step=2, restarts=2),
+    budget=PgdConfig(steps=3, pairs_per_step=2, restarts=2),
     pictures_at_once=5,
     seed=100,
 )

@@ -7,12 +7,21 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
+from spo.actors.picture_tasks import Workshop
 from spo.attacks.drawing import draw_text
-from spo.attacks.prompts import ATTACKS, Material, attack_of
+from spo.attacks.prompts import ATTACKS, Material, attack_of, rewritten
 from spo.attacks.templates import TEMPLATES, template_prompts
 from spo.attacks.typographic import CONTINUE_REQUEST, LIST_REQUEST, typographic_prompts
-from spo.config import AttackConfig, EvaluateConfig, RunConfig
+from spo.config import (
+    AnyAttack,
+    EvaluateConfig,
+    LearnConfig,
+    PgdConfig,
+    TemplateConfig,
+    TypographicConfig,
+)
 from spo.corpus.base import EvaluationInputs
 from spo.errors import ConfigError
 from spo.evaluation.attacked_sets import attacked_sets
@@ -21,6 +30,7 @@ from spo.progress import Silent
 from spo.records import Prompt, PromptFormat, PromptKind, PromptSet
 from spo.resolve import ResolvedModel
 
+ANY = TypeAdapter(AnyAttack)
 CHAT = Prompt(prompt_id="a", text="How to pick a lock?", kind=PromptKind.HARM)
 PLAIN = replace(CHAT, prompt_id="b", text="You are such a", format=PromptFormat.PLAIN)
 
@@ -52,39 +62,55 @@ def test_templates_go_round_and_keep_the_request() -> None:
 
 @pytest.mark.parametrize("kind", sorted(ATTACKS))
 def test_an_attack_on_requests_is_found_by_its_kind(kind: str, tmp_path: Path) -> None:
-    material = Material(draw=lambda words: Image.new("RGB", (8, 8)), folder=tmp_path)
-    rewrite = attack_of(kind).rewrite
     if kind == "pgd":
-        assert rewrite is None
+        assert attack_of(kind).rewrite is None
         return
-    assert rewrite is not None
-    made = rewrite([CHAT], material)
+    attack = ANY.validate_python({"kind": kind})
+    assert attack.name == attack.kind == kind
+    material = Material(attack=attack, draw=lambda words: Image.new("RGB", (8, 8)), folder=tmp_path)
+    made = rewritten([CHAT], material)
     assert [prompt.prompt_id for prompt in made] == [CHAT.prompt_id]
     assert made[0].text != CHAT.text
 
 
+def test_every_kind_has_settings_of_its_own() -> None:
+    assert {ANY.validate_python({"kind": kind}).kind for kind in ATTACKS} == set(ATTACKS)
+    assert ANY.validate_python({}) == PgdConfig()
+
+
+def test_a_budget_goes_with_pixels_only_and_the_usual_one_of_older_files_is_left_out() -> None:
+    older = {**PgdConfig().model_dump(mode="json"), "kind": "template"}
+    assert ANY.validate_python(older) == TemplateConfig()
+    with pytest.raises(ValidationError, match="'adaptive', 'steps' goes with kind 'pgd' only"):
+        ANY.validate_python({**older, "steps": 7, "adaptive": True})
+    with pytest.raises(ValidationError, match="stepps"):
+        ANY.validate_python({"kind": "template", "stepps": 7})
+
+
 def test_an_unknown_kind_is_refused_with_the_list() -> None:
+    with pytest.raises(ValidationError, match=r"'pgd', 'typographic', 'template'\], got 'zap'"):
+        EvaluateConfig.model_validate({"attacks": [{"kind": "zap"}]})
     with pytest.raises(ConfigError, match=r"'pgd', 'typographic', 'template'\], got 'zap'"):
         attack_of("zap")
 
 
 def test_the_matrix_asks_every_attack_on_requests(tmp_path: Path) -> None:
-    config = RunConfig(
-        output_dir=str(tmp_path),
-        evaluate=EvaluateConfig(
-            attacks=(AttackConfig(kind="typographic"), AttackConfig(kind="template"))
-        ),
-    )
+    config = EvaluateConfig(attacks=(TypographicConfig(), TemplateConfig()))
     plain = PromptSet(
         condition="plain", prompts=(CHAT, PLAIN), samples=1, max_tokens=4, temperature=0.0
     )
     inputs = EvaluationInputs(sets=(plain,), checks={}, picture_size=64)
-    model = ResolvedModel(path="unused", revision=None)
-    made = attacked_sets(config, inputs, [UNDEFENDED], model, Silent())
+    workshop = Workshop(
+        model=ResolvedModel(path="unused", revision=None),
+        learn=LearnConfig(),
+        run_dir=tmp_path,
+        seed=0,
+    )
+    made = attacked_sets(config, inputs, [UNDEFENDED], workshop, Silent())
     assert [part.condition for part in made] == ["typographic", "template"]
     assert made[1].prompts == tuple(template_prompts([CHAT, PLAIN]))
     for prompt in made[0].prompts:
         path = Path(str(prompt.image))
-        assert path.parent == config.run_dir / "attack" / "typographic"
+        assert path.parent == tmp_path / "attack" / "typographic"
         with Image.open(path) as picture:
             assert picture.size == (64, 64)

@@ -10,7 +10,8 @@ import pydantic
 import pytest
 
 from spo.config import RunConfig, load_config
-from spo.config.evaluation import DEFENCES, AttackConfig
+from spo.config.attacks import AnyAttack, PgdConfig
+from spo.config.evaluation import DEFENCES
 from spo.errors import ConfigError
 from spo.records import Operator
 
@@ -83,6 +84,9 @@ def test_exponent_in_a_file_is_a_number(tmp_path: Path) -> None:
         ("steering.coefficient=.inf", "steering.coefficient:"),
         ("steering.coefficient=-1", "steering.coefficient:"),
         ("evaluate.attacks=[{epsilon_255: 300}]", "evaluate.attacks.0.epsilon_255:"),
+        ("evaluate.attacks=[{kind: template, stepps: 3}]", "evaluate.attacks.0.stepps:"),
+        ("reward.parts=[{kind: toxicity}]", "reward.parts.0.weight:"),
+        ("reward.parts=[{kind: zap, weight: 1}]", "reward.parts.0.kind:"),
         ("extract.sources=[{kind: file}]", "extract.sources.0"),
         ("extract.sources=[{kind: continuation, path: x.jsonl}]", "extract.sources.0"),
         ("learn=3", "learn:"),
@@ -244,7 +248,7 @@ def test_a_base_that_cannot_be_read_is_named(tmp_path: Path, base: str, said: st
 
 
 def test_several_pictures_are_of_one_attack_for_all_prompts() -> None:
-    assert AttackConfig(pictures=3).pictures == 3
+    assert PgdConfig(pictures=3).pictures == 3
     for wrong in ({"kind": "template"}, {"target": "prompt"}):
         with pytest.raises(pydantic.ValidationError, match="'pictures' goes with"):
-            AttackConfig.model_validate({"pictures": 2, **wrong})
+            pydantic.TypeAdapter(AnyAttack).validate_python({"pictures": 2, **wrong})

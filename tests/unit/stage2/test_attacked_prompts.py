@@ -12,7 +12,7 @@ from PIL import Image
 
 from spo.actors.picture_tasks import AttackJob, attack_picture, pictures_of
 from spo.artifact import SteeringArtifact
-from spo.config import AttackConfig, DataConfig, LearnConfig, RunConfig
+from spo.config import DataConfig, LearnConfig, PgdConfig, RunConfig
 from spo.errors import ConfigError
 from spo.progress import Silent
 from spo.records import Operator, Positions, Prompt, PromptKind
@@ -40,7 +40,7 @@ def job(folder: Path, *, vector: bytes, targets: tuple[str, ...] = ("bad",)) -> 
         folder=folder / "attack-training",
         prompts=PROMPTS,
         targets=targets,
-        config=AttackConfig(adaptive=True),
+        config=PgdConfig(adaptive=True),
         learn=LearnConfig(),
         seed=0,
         vector=vector,
@@ -72,7 +72,7 @@ def artifact() -> SteeringArtifact:
     "data",
     [
         DataConfig(train="own.jsonl"),
-        DataConfig(train="own.jsonl", attacks=(AttackConfig(),), attacked_fraction=0.0),
+        DataConfig(train="own.jsonl", attacks=(PgdConfig(),), attacked_fraction=0.0),
     ],
 )
 def test_without_an_attack_the_prompts_stay_as_they_are(data: DataConfig) -> None:
@@ -80,14 +80,14 @@ def test_without_an_attack_the_prompts_stay_as_they_are(data: DataConfig) -> Non
 
 
 def test_an_attack_needs_pictures_and_targets_of_its_own() -> None:
-    config = RunConfig(data=DataConfig(train="own.jsonl", attacks=(AttackConfig(),)))
+    config = RunConfig(data=DataConfig(train="own.jsonl", attacks=(PgdConfig(),)))
     with pytest.raises(ConfigError, match=r"got 0 pictures and None"):
         with_attacked(PROMPTS, config, artifact(), MODEL, Silent())
 
 
 def test_only_picture_attacks_go_into_the_loop() -> None:
     with pytest.raises(ValueError, match="typographic_fraction"):
-        DataConfig(attacks=(AttackConfig(kind="typographic"),))
+        DataConfig.model_validate({"attacks": [{"kind": "typographic"}]})
 
 
 def test_a_sweep_refuses_a_base_that_attacks(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_pictures_are_found_again_by_what_they_depend_on(tmp_path: Path) -> None
 
 
 def test_pictures_that_end_early_have_one_mean_curve(tmp_path: Path) -> None:
-    config = AttackConfig(
+    config = PgdConfig(
         target="prompt",
         objective="compliance",
         steps=20,
