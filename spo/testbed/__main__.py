@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     attacks.add_argument("--weights", type=Path, help="attack these weights, not the package's")
     attacks.add_argument("--per-split", type=int, default=8, help="pictures of each kind and split")
     attacks.add_argument("--steps", type=int, default=400, help="steps of each picture at most")
+    attacks.add_argument("--pairs", type=int, default=8, help="pairs of a picture in each step")
+    attacks.add_argument("--splits", nargs="+", default=["train", "validation", "heldout"])
+    attacks.add_argument("--seed", type=int, default=0, help="of the first picture")
     attacks.add_argument("--at-once", type=int, default=24, help="pictures that share passes")
     attacks.add_argument("--device", default="cpu", help="torch device, such as cuda")
     pack.add_argument("--data", type=Path, required=True, help="folder of labelled text")
@@ -193,7 +196,10 @@ def _attacks(arguments: argparse.Namespace) -> None:
     weights = arguments.weights or model.WEIGHTS_FILE
     recipe = PictureRecipe(
         per_split=arguments.per_split,
-        budget=BUDGET.model_copy(update={"steps": arguments.steps}),
+        budget=BUDGET.model_copy(
+            update={"steps": arguments.steps, "pairs_per_step": arguments.pairs}
+        ),
+        seed=arguments.seed,
         pictures_at_once=arguments.at_once,
     )
     with tempfile.TemporaryDirectory() as folder, Progress() as bar:
@@ -205,16 +211,16 @@ def _attacks(arguments: argparse.Namespace) -> None:
             arguments.out,
             model=model.identity(weights),
             recipe=recipe,
+            splits=arguments.splits,
             progress=lambda done, total, what: bar.update(
                 task, completed=done, total=total, description=what
             ),
         )
-    for split in ("train", "validation", "heldout"):
-        for picture in found.select(split):
-            print(
-                f"{split:10} {picture.objective:10} {picture.epsilon_255:5.0f}/255 loss "
-                f"{picture.first_loss:.2f} -> {picture.last_loss:.2f}"
-            )
+    for picture in found.pictures:
+        print(
+            f"{picture.split:10} {picture.objective:10} {picture.epsilon_255:5.0f}/255 loss "
+            f"{picture.first_loss:.2f} -> {picture.last_loss:.2f}"
+        )
 
 
 def _train_all(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ splits share no start picture, request, template or seed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -42,20 +43,24 @@ def make_attack_pictures(
     *,
     model: str,
     recipe: PictureRecipe,
+    splits: Sequence[PictureSplit] = SPLITS,
     progress: Progress | None = None,
 ) -> PictureSet:
-    """Attack the model with pictures of every split and write them to `out` with a manifest.
+    """Attack the model with pictures of each split and write them to `out` with a manifest.
 
     Args:
         engine: the model under attack.
         out: an empty folder, or one with an earlier set.
         model: its identity for the manifest.
         recipe: how many, at what budget.
+        splits: which ones; sets that are to be joined need seeds of their own.
         progress: called after every step.
     """
     asked: dict[PictureSplit, dict[Objective, list[Prompt]]] = {}
     starts: dict[PictureSplit, list[Image.Image]] = {}
     for number, split in enumerate(SPLITS):
+        if split not in splits:
+            continue
         prompts = [
             Prompt(prompt_id=f"attack-{split}-{i:05d}", text=pair.harmful, kind=PromptKind.HARM)
             for i, pair in enumerate(requests.request_pairs(split, _REQUESTS, 900 + number))
