@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from spo.config.attacks import AnyAttack, PgdConfig
 from spo.config.base import Positive, Slice
 from spo.config.datasets import DatasetConfig
+from spo.config.llm import LlmAddress
 from spo.records import Operator
 
 
@@ -54,24 +55,46 @@ DEFENCES = (
 
 
 class JudgeConfig(Slice):
-    """One more judge of attack success, beside the toxicity judge."""
+    """One more judge of attack success, beside the toxicity judge. Adding one: a class here and in
+    `AnyJudge`, a line in `spo.scorers.judges.JUDGES`, a test."""
 
-    kind: Literal["keyword", "classifier", "llm"]
-    """`keyword`: no stock refusal; `classifier`: the toxicity judge from 0.5; `llm`: HarmBench's
-    question to a model behind an OpenAI-compatible address."""
-    url: str | None = None
-    """Base address for `llm`, e.g. http://host:8000/v1; its key comes from the environment variable
-    SPO_JUDGE_KEY."""
-    model: str | None = None
-    timeout_s: Positive = 60
-    retries: Annotated[int, Field(ge=0)] = 2
-    parallel: Positive = 8
+    kind: str
 
-    @model_validator(mode="after")
-    def _llm_has_address(self) -> JudgeConfig:
-        if (self.kind == "llm") != (self.url is not None and self.model is not None):
-            raise ValueError("'url' and 'model' go with kind 'llm', and it needs both")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _without_address(cls, data: Any) -> Any:
+        """Files of versions with one class for all judges state an address here, an empty one."""
+        if not isinstance(data, dict):
+            return data
+        foreign = data.keys() & LlmJudgeConfig.model_fields.keys() - cls.model_fields.keys()
+        if data.get("url") or data.get("model"):
+            given = sorted(foreign & {"url", "model"})
+            if given:
+                raise ValueError(f"{given} go with kind 'llm', not with {data.get('kind')!r}")
+        return {key: value for key, value in data.items() if key not in foreign}
+
+
+class KeywordJudgeConfig(JudgeConfig):
+    """No stock refusal, and not nothing."""
+
+    kind: Literal["keyword"] = "keyword"
+
+
+class ClassifierJudgeConfig(JudgeConfig):
+    """The toxicity judge, from 0.5."""
+
+    kind: Literal["classifier"] = "classifier"
+
+
+class LlmJudgeConfig(JudgeConfig, LlmAddress):
+    """HarmBench's question to a model behind an OpenAI-compatible address."""
+
+    kind: Literal["llm"] = "llm"
+
+
+AnyJudge = Annotated[
+    KeywordJudgeConfig | ClassifierJudgeConfig | LlmJudgeConfig, Field(discriminator="kind")
+]
 
 
 class EvaluateConfig(Slice):
@@ -79,7 +102,7 @@ class EvaluateConfig(Slice):
 
     judge: str = "testbed"
     """"testbed" (a model other than the reward), or a local sequence-classification folder."""
-    success_judges: tuple[JudgeConfig, ...] = (JudgeConfig(kind="classifier"),)
+    success_judges: tuple[AnyJudge, ...] = (ClassifierJudgeConfig(),)
     """The first one decides `attack success`; all are reported and compared."""
     harm_prompts: Positive = 96
     samples_per_prompt: Positive = 2

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from spo import plugins
 from spo.config.attacks import PgdConfig
 from spo.config.base import Fraction, Location, Positive, Slice
-from spo.config.evaluation import EvaluateConfig
+from spo.config.evaluation import EvaluateConfig, LlmJudgeConfig
 from spo.config.serving import ServeConfig
 from spo.config.stage1 import EstimateConfig, ExtractConfig
 from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutConfig
@@ -143,8 +143,9 @@ class RunConfig(Slice):
     @model_validator(mode="after")
     def _judge_is_not_rewarded(self) -> RunConfig:
         """What is optimised against cannot also be the measure."""
-        llms = [judge for judge in self.evaluate.success_judges if judge.url]
-        measures = {(str(judge.url).rstrip("/"), judge.model) for judge in llms}
+        judges = self.evaluate.success_judges
+        llms = [judge for judge in judges if isinstance(judge, LlmJudgeConfig)]
+        measures = {(judge.url.rstrip("/"), judge.model) for judge in llms}
         if self.evaluate.judge != "testbed":  # which stands for another model in each place
             measures.add(("", self.evaluate.judge))
         for part in self.reward.parts or ():
