@@ -160,7 +160,10 @@ def test_a_model_is_calibrated_on_the_users_own_benign_prompts(tmp_path: Path) -
     assert calibration(testbed) == [
         prompt.text for prompt in calibration_prompts(testbed.cache, count=3, seed=0)
     ]
-    rows, _ = rows_of(given)
+    with named.open("a") as file:
+        file.write('{"prompt_id": "x", "kind": "benign"}\n')
+    rows, bad = rows_of(given)
+    assert [row.row_id for row in bad] == ["named.jsonl:5"]
     found = [row for row in rows if row.source == CALIBRATION]
     assert {row.prompt.kind for row in found} == {PromptKind.BENIGN}
     assert {row.positions for row in found} == {Positions.GENERATED}
