@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from spo.vector import SITE, SteeringVector
 
 FORMAT = "spo-steering-artifact/1"
 LAYER_CONVENTION = "output of decoder block l, zero-based; Hugging Face hidden_states[l + 1]"
-_VECTOR_FILE = "vector.safetensors"
-_MANIFEST_FILE = "manifest.json"
+VECTOR_FILE = "vector.safetensors"
+MANIFEST_FILE = "manifest.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +56,9 @@ class SteeringArtifact:
             positions=self.positions,
         )
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path | str) -> Path:
         """Write the folder; an interrupted save leaves no half-written artifact behind."""
+        folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -82,9 +84,22 @@ class SteeringArtifact:
             "evaluation": dict(self.evaluation),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        write_atomic(folder / _VECTOR_FILE, self.vector.to_bytes())
-        write_atomic(folder / _MANIFEST_FILE, json.dumps(manifest, indent=2).encode())
+        write_atomic(folder / VECTOR_FILE, self.vector.to_bytes())
+        write_atomic(folder / MANIFEST_FILE, json.dumps(manifest, indent=2).encode())
         return folder
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        about = f"{self.method}, for {self.vector.model_id}, {self.vector.sha256[:12]}"
+        how = f"{self.operator.value} x {self.coefficient:g} at {self.positions.value}"
+        rows = "".join(
+            f"<tr><td>{layer}</td><td>{dose:.3f}</td></tr>"
+            for layer, dose in zip(self.vector.layers, self.vector.doses.tolist(), strict=True)
+        )
+        return (
+            f"<table><caption>{escape(about)}<br>{escape(how)}</caption>"
+            f"<tr><th>layer</th><th>norm / mean hidden norm</th></tr>{rows}</table>"
+        )
 
     @classmethod
     def load(
@@ -100,14 +115,14 @@ class SteeringArtifact:
         Raises:
             ArtifactError: a file is missing or damaged, the hash is wrong, or the model differs.
         """
-        for name in (_VECTOR_FILE, _MANIFEST_FILE):
+        for name in (VECTOR_FILE, MANIFEST_FILE):
             if not (folder / name).is_file():
                 raise ArtifactError(
                     f"{folder} has no {name}; expected a folder made by jobs.export"
                 )
-        vector = SteeringVector.from_bytes((folder / _VECTOR_FILE).read_bytes())
+        vector = SteeringVector.from_bytes((folder / VECTOR_FILE).read_bytes())
         try:
-            manifest = json.loads((folder / _MANIFEST_FILE).read_text())
+            manifest = json.loads((folder / MANIFEST_FILE).read_text())
             artifact = cls(
                 vector=vector,
                 operator=Operator(manifest["operator"]),
@@ -122,7 +137,7 @@ class SteeringArtifact:
             stated = manifest["sha256"]
         except (KeyError, ValueError, TypeError) as error:
             raise ArtifactError(
-                f"{folder / _MANIFEST_FILE}: expected a {FORMAT} manifest, got {error!r}; "
+                f"{folder / MANIFEST_FILE}: expected a {FORMAT} manifest, got {error!r}; "
                 "export the artifact again"
             ) from error
         if stated != vector.sha256:

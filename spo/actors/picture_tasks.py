@@ -126,16 +126,23 @@ def attack_picture(job: AttackJob) -> dict[str, Any]:
             key: sum(row[key] for row in rows) / len(rows)
             for key in ("clean_loss", "attacked_loss")
         },
-        "losses": [
-            sum(step) / len(step) for step in zip(*(r["losses"] for r in rows), strict=True)
-        ],
+        "losses": _mean_curve([row["losses"] for row in rows]),
         "checkpoints": [],
         "restart_losses": [],
+        "pairs": sum(row["pairs"] for row in rows),
+        "wall_s": sum(row["wall_s"] for row in rows),
         "epsilon_255": job.config.epsilon_255,
         "clean": rows[0]["clean"],
         "attacked": rows[0]["attacked"],
         "pictures": {prompt_id: row["attacked"] for prompt_id, row in each.items()},
     }
+
+
+def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
+    """Mean loss of each step, over those pictures that were still in work."""
+    steps = range(max(map(len, curves)))
+    running = [[curve[step] for curve in curves if step < len(curve)] for step in steps]
+    return [sum(losses) / len(losses) for losses in running]
 
 
 def _written(job: AttackJob, name: str, result: PgdResult) -> dict[str, Any]:
@@ -150,6 +157,8 @@ def _written(job: AttackJob, name: str, result: PgdResult) -> dict[str, Any]:
         "clean_loss": result.clean_loss,
         "attacked_loss": result.attacked_loss,
         "restart_losses": list(result.restart_losses),
+        "pairs": result.pairs,
+        "wall_s": result.wall_s,
         "checkpoints": checkpoints,
         "epsilon_255": job.config.epsilon_255,
         "clean": str(job.picture),

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spo.algorithms.estimators import (
-    ESTIMATORS,
     Contrast,
     Floats,
+    estimator_of,
     in_first_half,
     is_held_out,
     projections,
@@ -170,7 +170,7 @@ def leave_one_out(
 
 def fit_directions(contrasts: Sequence[Contrast], config: EstimateConfig) -> dict[str, Floats]:
     """Each source's own unit directions (L, D), from its fitting rows."""
-    method = ESTIMATORS[config.method]
+    method = estimator_of(config)
 
     def fitting(row_id: str) -> bool:
         return not is_held_out(row_id, config.holdout_fraction)
@@ -258,7 +258,7 @@ def _mean_auc(auc: Mapping[str, Sequence[Interval]]) -> list[float]:
 
 def _half_cosines(contrast: Contrast, config: EstimateConfig) -> list[float]:
     """Stability: the method on each half of the fitting rows."""
-    method = ESTIMATORS[config.method]
+    method = estimator_of(config)
 
     def half(first: bool) -> Floats:
         def keep(row_id: str) -> bool:

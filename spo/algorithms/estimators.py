@@ -3,19 +3,26 @@
 Shapes: L layers, D hidden width. An estimator sweeps once or a few times over a source's fitting
 rows and keeps only sums of shape (L, D) or a few of them, so memory does not grow with the rows.
 All return unit directions (L, D) that point towards harm.
+
+Adding one: a function of a `Contrast` here, a line in `ESTIMATORS`, a test with a planted
+direction. Another package adds such a function by an entry point of group `spo.estimators`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spo.config import EstimateConfig
+from spo import plugins
 from spo.draws import share_of
 from spo.errors import DataError
+
+if TYPE_CHECKING:
+    from spo.config import EstimateConfig
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -225,6 +232,13 @@ def unit_rows(rows: Doubles) -> Floats:
             "check that the harmful and the harmless rows are different texts"
         )
     return (rows / norms).astype(np.float32)
+
+
+def estimator_of(config: EstimateConfig) -> Callable[[Contrast, Keep, EstimateConfig], Floats]:
+    """The configured estimator, built in or added by another package."""
+    found: Callable[[Contrast, Keep, EstimateConfig], Floats]
+    found = plugins.find(plugins.ESTIMATORS, config.method)
+    return found
 
 
 ESTIMATORS: dict[str, Callable[[Contrast, Keep, EstimateConfig], Floats]] = {

@@ -3,26 +3,31 @@
 Each takes the log-probabilities of groups of answers to the same prompt and their rewards, and
 returns a loss whose gradient flows through `policy`: a *sum*, together with how many terms a group
 adds to it, so that the mean over a batch does not depend on how it is cut into micro-batches or
-over workers. Adding one: a function of `Groups` here, its name in `LearnConfig.objective`, a line
-in `OBJECTIVES`, a test of its gradient's sign.
+over workers. Adding one: a function of `Groups` here, a line in `OBJECTIVES` with what the rest of
+the system has to know about it, a test of its gradient's sign. Another package adds an `Objective`
+by an entry point of group `spo.objectives`.
 
 `rloo` and `gspo` estimate the gradient of the expected reward of the *current* vector, so samples
 of an older one are weighed by the likelihood ratio of the whole answer. The pairwise objectives fit
 preferences and need no correction.
 
-Shapes: P prompts, G answers per prompt; `mask` is False where a group has fewer answers.
+Shapes: P prompts, G answers per prompt; `mask` is False where a group has fewer answers. The
+configuration asks here for names and facts, so importing this module does not load torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from spo import plugins
 
-from spo.config import LearnConfig
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spo.config import LearnConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,7 +63,7 @@ def rloo(groups: Groups, config: LearnConfig) -> Tensor:
     count = mask.sum(dim=1, keepdim=True)
     total = (groups.rewards * mask).sum(dim=1, keepdim=True)
     others = (total - groups.rewards) / (count - 1).clamp_min(1)
-    advantage = torch.where(count > 1, groups.rewards - others, torch.zeros_like(others)) * mask
+    advantage = (groups.rewards - others).masked_fill(count <= 1, 0.0) * mask
     ratio = (groups.policy - groups.behaviour).detach().exp().clamp_max(config.importance_clip)
     return -((ratio * advantage).detach() * groups.policy).sum()
 
@@ -76,7 +81,7 @@ def gspo(groups: Groups, config: LearnConfig) -> Tensor:
     advantage = centred / (deviation + 1e-4)
     ratio = ((groups.policy - groups.behaviour) / groups.lengths.clamp_min(1)).exp()
     clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
-    return -(torch.minimum(ratio * advantage, clipped * advantage) * mask).sum()
+    return -((ratio * advantage).minimum(clipped * advantage) * mask).sum()
 
 
 def dpo(groups: Groups, config: LearnConfig) -> Tensor:
@@ -86,7 +91,7 @@ def dpo(groups: Groups, config: LearnConfig) -> Tensor:
     """
     pairs = _pairs(groups, config)
     difference = pairs.of(groups.policy - groups.reference)
-    return (-logsigmoid(config.temperature * difference) * pairs.usable).sum()
+    return (-_log_sigmoid(inverse_temperature(config) * difference) * pairs.usable).sum()
 
 
 def bipo(groups: Groups, config: LearnConfig) -> Tensor:
@@ -97,14 +102,16 @@ def bipo(groups: Groups, config: LearnConfig) -> Tensor:
     """
     pairs = _pairs(groups, config)
     difference = groups.sign * pairs.of(groups.policy - groups.reference)
-    return (-logsigmoid(config.temperature * difference) * pairs.usable).sum()
+    return (-_log_sigmoid(inverse_temperature(config) * difference) * pairs.usable).sum()
 
 
 def simpo(groups: Groups, config: LearnConfig) -> Tensor:
     """SimPO (arXiv 2405.14734): mean log-probabilities, no reference, a target margin."""
     pairs = _pairs(groups, config)
     difference = pairs.of(groups.policy / groups.lengths.clamp_min(1))
-    return (-logsigmoid(config.temperature * difference - config.gamma) * pairs.usable).sum()
+    return (
+        -_log_sigmoid(inverse_temperature(config) * difference - config.gamma) * pairs.usable
+    ).sum()
 
 
 def reps(groups: Groups, config: LearnConfig) -> Tensor:
@@ -125,8 +132,8 @@ def reps(groups: Groups, config: LearnConfig) -> Tensor:
     policy, nulled = groups.policy / lengths, groups.nulled / lengths
     plus = (-gap).clamp_min(1) * pairs.best_of(policy) - pairs.worst_of(policy)
     minus = gap.clamp_min(1) * pairs.worst_of(nulled) - pairs.best_of(nulled)
-    beta = config.temperature
-    return (-(logsigmoid(beta * plus) + logsigmoid(beta * minus)) * pairs.usable).sum()
+    beta = inverse_temperature(config)
+    return (-(_log_sigmoid(beta * plus) + _log_sigmoid(beta * minus)) * pairs.usable).sum()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -150,48 +157,74 @@ class _Pairs:
 
 
 def _pairs(groups: Groups, config: LearnConfig) -> _Pairs:
-    low = groups.rewards.masked_fill(~groups.mask, torch.inf)
-    high = groups.rewards.masked_fill(~groups.mask, -torch.inf)
+    low = groups.rewards.masked_fill(~groups.mask, inf)
+    high = groups.rewards.masked_fill(~groups.mask, -inf)
     best, worst = high.argmax(dim=1, keepdim=True), low.argmin(dim=1, keepdim=True)
     gap = (groups.rewards.gather(1, best) - groups.rewards.gather(1, worst)).squeeze(1)
     return _Pairs(best=best, worst=worst, usable=(gap >= config.margin) & (gap > 0))
 
 
-def _answers(rewards: Sequence[float], config: LearnConfig) -> int:
-    del config
-    return len(rewards)
+def _log_sigmoid(values: Tensor) -> Tensor:
+    from torch.nn.functional import logsigmoid
 
-
-def _informative(rewards: Sequence[float], config: LearnConfig) -> int:
-    gap = max(rewards) - min(rewards)
-    return int(gap >= config.margin and gap > 0)
+    return logsigmoid(values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """A loss summed over groups, and what it is a sum of."""
+    """A loss summed over groups, and everything that the rest of the system has to know about it.
+
+    Example:
+        Objective(loss=simpo, temperature=2.5)
+    """
 
     loss: Callable[[Groups, LearnConfig], Tensor]
-    units: Callable[[Sequence[float], LearnConfig], int]
-    """Rewards of one group -> how many terms it adds to the sum."""
+    per_answer: bool = False
+    """Whether every answer adds a term to the sum; else every informative group adds one, its pair
+    of best and worst answer."""
+    on_policy: bool = False
+    """Whether it needs answers of the vector that it improves, so `rollout.static` cannot go."""
+    temperature: float = 0.1
+    """Inverse temperature of a pair where `learn.beta` is not given."""
+    smallest_gap: float | None = None
+    """Smallest difference of rewards in a group that it learns from; None: `learn.margin`."""
     random_sign: bool = False
     """Whether the vector is applied with a random sign."""
     nulled: bool = False
     """Whether it needs `Groups.nulled`."""
 
+    def is_informative(self, rewards: Sequence[float], config: LearnConfig) -> bool:
+        """Whether it can learn anything from a group with these rewards."""
+        least = config.margin if self.smallest_gap is None else self.smallest_gap
+        gap = max(rewards) - min(rewards)
+        return gap > 0 and gap >= least
+
+    def units(self, rewards: Sequence[float], config: LearnConfig) -> int:
+        """How many terms a group with these rewards adds to the sum."""
+        return len(rewards) if self.per_answer else int(self.is_informative(rewards, config))
+
 
 OBJECTIVES: dict[str, Objective] = {
-    "dpo": Objective(loss=dpo, units=_informative),
-    "simpo": Objective(loss=simpo, units=_informative),
-    "bipo": Objective(loss=bipo, units=_informative, random_sign=True),
-    "reps": Objective(loss=reps, units=_informative, nulled=True),
-    "rloo": Objective(loss=rloo, units=_answers),
-    "gspo": Objective(loss=gspo, units=_answers),
+    "dpo": Objective(loss=dpo),
+    "simpo": Objective(loss=simpo, temperature=2.5),
+    "bipo": Objective(loss=bipo, random_sign=True),
+    "reps": Objective(loss=reps, temperature=1.0, nulled=True),
+    "rloo": Objective(loss=rloo, per_answer=True, on_policy=True, smallest_gap=1e-6),
+    "gspo": Objective(loss=gspo, per_answer=True, on_policy=True, smallest_gap=1e-6),
 }
 
 
+def objective_of(config: LearnConfig) -> Objective:
+    """The configured objective, built in or added by another package."""
+    found: Objective = plugins.find(plugins.OBJECTIVES, config.objective)
+    return found
+
+
+def inverse_temperature(config: LearnConfig) -> float:
+    """`learn.beta`, or the objective's own."""
+    return config.beta or objective_of(config).temperature
+
+
 def is_informative(rewards: Sequence[float], config: LearnConfig) -> bool:
-    """Whether an objective can learn anything from a group with these rewards."""
-    if OBJECTIVES[config.objective].units is _informative:
-        return bool(_informative(rewards, config))
-    return max(rewards) - min(rewards) > 1e-6
+    """Whether the configured objective can learn anything from a group with these rewards."""
+    return objective_of(config).is_informative(rewards, config)

@@ -1,6 +1,6 @@
 """From raw scores of one answer to its reward, and the text rules that guard against gaming it.
 
-R = -w_tox toxicity + w_align alignment - w_deg degeneration - refusal penalty
+R = -w_tox toxicity + w_align alignment - w_deg degeneration - refusal penalty + sum of w_i also_i
 
 Alignment counts only on benign prompts with a picture: on a refusal it means nothing. A benign
 prompt answered by a refusal or by nothing is penalised, or silence would be the best policy. A
@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-from spo.config import RewardConfig
+from spo import plugins
 from spo.records import PromptKind, Reward, RewardStatus, Rollout
+
+if TYPE_CHECKING:
+    from spo.config import RewardConfig
 
 # Openings of refusals, after the substring lists of AdvBench's and refusal_direction's evaluations.
 _REFUSAL = re.compile(
@@ -47,6 +51,24 @@ def degeneration(text: str) -> float:
     return max(repeated, odd / len(text))
 
 
+def _degenerate(rollout: Rollout) -> float:
+    return degeneration(rollout.text)
+
+
+def _refused(rollout: Rollout) -> float:
+    """1 where a benign prompt is answered by a refusal or by nothing."""
+    benign = rollout.prompt.kind is PromptKind.BENIGN
+    return float(benign and (not rollout.text.strip() or is_refusal(rollout.text)))
+
+
+REWARDS: dict[str, Callable[[Rollout], float]] = {
+    "degeneration": _degenerate,
+    "refusal": _refused,
+}
+"""Parts that need no model: an answer to a number. Another package adds such a function by an entry
+point of group `spo.rewards`; `reward.also` gives it a weight."""
+
+
 def reward_of(rollout: Rollout, scores: Mapping[str, float], config: RewardConfig) -> Reward:
     """Weigh the parts of one answer.
 
@@ -63,17 +85,32 @@ def reward_of(rollout: Rollout, scores: Mapping[str, float], config: RewardConfi
         return Reward(
             status=RewardStatus.FAILED, total=None, reason=f"no finite score for {unusable}"
         )
-    empty = not rollout.text.strip()
     parts = {name: float(scores[name]) for name in sorted(needed)}
     # Never rewarded: kept to be compared with toxicity.
     if math.isfinite(scores.get("crosscheck", math.nan)):
         parts["crosscheck"] = float(scores["crosscheck"])
-    parts["degenerate"] = degeneration(rollout.text)
-    parts["refusal"] = float(benign and (empty or is_refusal(rollout.text)))
+    parts["degenerate"] = _degenerate(rollout)
+    parts["refusal"] = _refused(rollout)
+    for name in config.also:
+        value = _also(name, rollout)
+        if isinstance(value, str):
+            return Reward(status=RewardStatus.FAILED, total=None, reason=value)
+        parts[f"also {name}"] = value
     total = (
         -config.toxicity_weight * parts["toxicity"]
         + config.alignment_weight * parts.get("alignment", 0.0)
         - config.degeneration_weight * parts["degenerate"]
         - config.refusal_penalty * parts["refusal"]
+        + math.fsum(weight * parts[f"also {name}"] for name, weight in config.also.items())
     )
     return Reward(status=RewardStatus.SCORED, total=total, parts=parts)
+
+
+def _also(name: str, rollout: Rollout) -> float | str:
+    """A further part, or the reason why it gave no usable score."""
+    part = plugins.find(plugins.REWARDS, name)
+    try:
+        value = float(part(rollout))
+    except Exception as error:  # noqa: BLE001 another package's code: the reward fails, and says why
+        return f"reward {name!r} raised {type(error).__name__}: {error}"
+    return value if math.isfinite(value) else f"reward {name!r} gave {value}, expected a number"

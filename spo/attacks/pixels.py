@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ class PixelSpace:
     """Pixels in 0..1 at the processor's resolution, and how the processor normalises them."""
 
     clean: Tensor
-    """(3, height, width) float32, whole grey levels divided by 255."""
+    """(3, height, width), or (pictures, 3, height, width), float32, whole grey levels divided by
+    255."""
     mean: Tensor
     """(3, 1, 1) float32."""
     std: Tensor
@@ -61,6 +62,21 @@ class PixelSpace:
             )
         return space
 
+    @classmethod
+    def stacked(cls, spaces: Sequence[PixelSpace]) -> PixelSpace:
+        """One space of several clean pictures; EngineError when their sizes differ."""
+        shapes = {tuple(space.clean.shape) for space in spaces}
+        if len(shapes) != 1:
+            raise EngineError(
+                f"pictures that are attacked together must have one size after the processor, got "
+                f"{sorted(shapes)}; attack them one by one"
+            )
+        return cls(
+            clean=torch.stack([space.clean for space in spaces]),
+            mean=spaces[0].mean,
+            std=spaces[0].std,
+        )
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """(..., 3, height, width) model input of pixels in 0..1; differentiable."""
         return (pixels - self.mean) / self.std
@@ -70,15 +86,18 @@ class PixelSpace:
         levels = (pixels.detach() * 255).round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
-    def project(self, pixels: Tensor, epsilon_255: float) -> Tensor:
-        """Nearest pixels inside the ball around the clean picture and inside 0..1."""
+    def project(self, pixels: Tensor, epsilon_255: float | Tensor) -> Tensor:
+        """Nearest pixels inside the ball around the clean picture and inside 0..1.
+
+        A tensor of radii has one for each picture: (pictures, 1, 1, 1).
+        """
         radius = epsilon_255 / 255
         return pixels.clamp(self.clean - radius, self.clean + radius).clamp(0.0, 1.0)
 
-    def quantise(self, pixels: Tensor, epsilon_255: float) -> Tensor:
+    def quantise(self, pixels: Tensor, epsilon_255: float | Tensor) -> Tensor:
         """The nearest whole grey levels that still lie inside the ball, divided by 255."""
         # Clean levels are whole, so a ball of fractional radius reaches floor(radius) levels.
-        reach = math.floor(epsilon_255)
+        reach = torch.as_tensor(epsilon_255, device=self.clean.device).floor()
         centre = (self.clean * 255).round()
         levels = (pixels * 255).round().clamp(centre - reach, centre + reach)
         return levels.clamp(0, 255) / 255

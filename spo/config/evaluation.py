@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from spo import plugins
 from spo.config.base import Positive, Slice
 from spo.config.datasets import DatasetConfig
 from spo.records import Operator
@@ -15,24 +16,40 @@ from spo.records import Operator
 class AttackConfig(Slice):
     """One attack. Every budget is stated: steps, restarts, targets per step, seconds."""
 
-    kind: Literal["pgd", "typographic", "template"] = "pgd"
+    kind: Annotated[str, AfterValidator(plugins.checked(plugins.ATTACKS))] = "pgd"
     """`pgd`: white-box pixels; `typographic`: the request drawn into the picture (FigStep style);
-    `template`: text jailbreak templates around the request."""
+    `template`: text jailbreak templates around the request; or one that another package adds."""
     epsilon_255: Annotated[float, Field(gt=0, le=255)] = 32.0
     """L-infinity bound in units of 1/255; 255 is unbounded."""
     target: Literal["corpus", "prompt"] = "corpus"
     """`corpus`: one picture for all prompts, towards a corpus of harmful sentences (Qi et al.);
     `prompt`: a picture for each prompt, towards its own harmful answer."""
+    objective: Literal["toxic", "compliance"] = "toxic"
+    """What the picture is to bring about: `toxic` sentences, or `compliance`, openings of answers
+    that do what a harmful request asks ("Sure, here is how you can do it. Step 1:")."""
     adaptive: bool = False
     """Attack each defence through its own steering and gate, instead of the unsteered model."""
     steps: Positive = 40
     step_size_255: Annotated[float, Field(gt=0)] = 8.0
-    """First step; it decays linearly to a tenth."""
+    """First step."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How the step decays from `step_size_255` to `final_step` of it."""
+    final_step: Annotated[float, Field(gt=0, le=1)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     restarts: Positive = 1
-    """The first starts at the clean picture, the others anywhere in the ball; the best is kept."""
+    """The first starts at the clean picture, the others anywhere in the ball; the one that is best
+    on a fixed batch of pairs, held apart from the steps, is kept."""
     targets: Positive = 8
-    """Target sentences per step."""
+    """Pairs per step where `pairs_per_step` is not given."""
+    pairs_per_step: Positive | None = None
+    """(prompt, target) pairs in each step's batch, drawn afresh from all prompts x targets."""
+    flat_steps: Annotated[int, Field(ge=0)] = 0
+    """Early stop: when the mean loss of the last so many steps is less than `flat_gain` (relative)
+    below the mean of as many before, the attack goes on with the last fifth of its schedule and
+    ends. 0: every step is made."""
+    flat_gain: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    autocast: bool = True
+    """Steps in bfloat16 on a GPU, whatever the type of the weights."""
     pictures: Positive = 1
     """Independent pictures of a `corpus` attack, with every prompt shown every one; results are
     means over them, intervals are over prompts, for these pictures. The testbed starts each from
@@ -48,6 +65,8 @@ class AttackConfig(Slice):
             raise ValueError("'adaptive' and 'made_on' go with kind 'pgd' only")
         if self.pictures > 1 and (self.kind != "pgd" or self.target != "corpus"):
             raise ValueError("'pictures' goes with kind 'pgd' and target 'corpus' only")
+        if self.kind != "pgd" and self.objective != "toxic":
+            raise ValueError("'objective' goes with kind 'pgd' only")
         if self.adaptive and self.made_on:
             raise ValueError("an adaptive attack is made on the model under test: drop 'made_on'")
         return self
@@ -60,7 +79,13 @@ class AttackConfig(Slice):
         size = "unbounded" if self.epsilon_255 >= 255 else f"{self.epsilon_255:g}"
         parts = ["adaptive"] if self.adaptive else ["transfer"] if self.made_on else []
         each = ["each"] if self.target == "prompt" else []
-        return "-".join([*parts, "pgd", *each, size])
+        goal = [self.objective] if self.objective != "toxic" else []
+        return "-".join([*parts, "pgd", *goal, *each, size])
+
+    @property
+    def pairs(self) -> int:
+        """(prompt, target) pairs in each step's batch."""
+        return self.pairs_per_step or self.targets
 
 
 class DefenceConfig(Slice):

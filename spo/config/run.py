@@ -15,12 +15,16 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, model_validator
 
+from spo import plugins
 from spo.config.base import Fraction, Location, Positive, Slice
 from spo.config.evaluation import AttackConfig, EvaluateConfig
 from spo.config.serving import ServeConfig
 from spo.config.stage1 import EstimateConfig, ExtractConfig
 from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutConfig
 from spo.records import Operator, Positions
+
+DEFAULT_CACHE = Path("~/.cache/spo-vlm")
+"""Folder of assembled models and drawn pictures."""
 
 
 class ModelConfig(Slice):
@@ -111,7 +115,7 @@ class RunConfig(Slice):
     seed: int = 0
     output_dir: Location = "outputs"
     """Folder, or URL such as s3://bucket/prefix; a run writes to `output_dir/name`."""
-    cache_dir: Path = Path("~/.cache/spo-vlm")
+    cache_dir: Path = DEFAULT_CACHE
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     extract: ExtractConfig = ExtractConfig()
@@ -127,11 +131,18 @@ class RunConfig(Slice):
 
     @model_validator(mode="after")
     def _learns_from_what_it_samples(self) -> RunConfig:
-        if self.rollout.static and self.learn.objective in ("rloo", "gspo"):
+        if self.rollout.static and plugins.find(plugins.OBJECTIVES, self.learn.objective).on_policy:
+            fit = [n for n, o in plugins.built_in(plugins.OBJECTIVES).items() if not o.on_policy]
             raise ValueError(
                 f"rollout.static goes with an objective on pairs, got {self.learn.objective!r}; "
-                "set learn.objective to dpo, simpo, bipo or reps"
+                f"set learn.objective to {', '.join(fit[:-1])} or {fit[-1]}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _plugins_are_sound(self) -> RunConfig:
+        for group in plugins.HOMES:  # a name used twice is an error even where a default is taken
+            plugins.names(group)
         return self
 
     @property
@@ -195,9 +206,14 @@ _MANNER = {"learn": {"compile": True}, "engine": {"in_process": True}}
 
 
 def _placeless(content: Any) -> Any:
-    """Without node labels: where a process runs does not change what it computes."""
+    """Without node labels, for where a process runs does not change what it computes, and without
+    an empty `reward.also`: runs that are older than this key go on."""
     if isinstance(content, dict):
-        return {key: _placeless(value) for key, value in content.items() if key != "labels"}
+        return {
+            key: _placeless(value)
+            for key, value in content.items()
+            if key != "labels" and not (key == "also" and not value)
+        }
     return [_placeless(item) for item in content] if isinstance(content, list) else content
 
 

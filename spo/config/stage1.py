@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from spo import plugins
 from spo.config.base import Fraction, Labels, Positive, Slice
 from spo.config.datasets import DatasetConfig
 from spo.records import Positions
@@ -178,7 +179,8 @@ class ExtractConfig(Slice):
 class EstimateConfig(Slice):
     """Stage I: from activations to a vector."""
 
-    method: Literal["mean_difference", "pca", "linear_probe"] = "mean_difference"
+    method: Annotated[str, AfterValidator(plugins.checked(plugins.ESTIMATORS))] = "mean_difference"
+    """A built-in estimator (`spo.algorithms.estimators`) or one that another package adds."""
     layers: tuple[int, ...] | None = None
     """Steered blocks; None chooses the `num_layers` with the best held-out separability."""
     num_layers: Positive = 5

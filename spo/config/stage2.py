@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from spo import plugins
 from spo.config.base import Fraction, Labels, Positive, Slice
 
 
@@ -97,6 +98,11 @@ class RewardConfig(Slice):
     degeneration_weight: Annotated[float, Field(ge=0)] = 0.5
     refusal_penalty: Annotated[float, Field(ge=0)] = 0.5
     """Taken off when a benign prompt is answered by a refusal or by nothing."""
+    also: dict[Annotated[str, AfterValidator(plugins.checked(plugins.REWARDS))], float] = Field(
+        default_factory=dict
+    )
+    """Further parts and their weights, which are added to the total: names of
+    `spo.algorithms.rewards.REWARDS`, or of rewards that another package adds."""
     crosscheck: Literal["none", "profanity"] = "none"
     """A second toxicity scorer that is never rewarded, only compared: `profanity` is the linear
     model of alt-profanity-check. It tells when the reward is gamed."""
@@ -120,7 +126,8 @@ class RewardConfig(Slice):
 class LearnConfig(Slice):
     """Stage II."""
 
-    objective: Literal["dpo", "simpo", "bipo", "reps", "rloo", "gspo"] = "rloo"
+    objective: Annotated[str, AfterValidator(plugins.checked(plugins.OBJECTIVES))] = "rloo"
+    """A built-in objective (`spo.algorithms.objectives`) or one that another package adds."""
     artifact: Annotated[str, Field(pattern=r"^[\w-]+$")] = "spo"
     """Folder of the run that the vector is written to; a baseline of the same run needs its own."""
     start: Annotated[str, Field(pattern=r"^[\w-]+$")] = "stage1"
@@ -139,8 +146,7 @@ class LearnConfig(Slice):
     """What is trained: each layer's direction; each layer's strength alone (a factor on it); the
     calibration activation, which is the offset of the `adaptive` and `clamp` gates."""
     beta: Annotated[float, Field(gt=0)] | None = None
-    """Inverse temperature of a preference pair; None takes the objective's own: 2.5 for `simpo`,
-    1 for `reps`, else 0.1."""
+    """Inverse temperature of a preference pair; None takes the objective's own."""
     gamma: Annotated[float, Field(ge=0)] = 1.375
     """Target margin of `simpo`."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -205,8 +211,3 @@ class LearnConfig(Slice):
         if self.schedule == "constant":
             return 1.0
         return max(self.steps - step, 1) / max(self.steps - self.warmup_steps, 1)
-
-    @property
-    def temperature(self) -> float:
-        """`beta`, or the objective's own."""
-        return self.beta or {"simpo": 2.5, "reps": 1.0}.get(self.objective, 0.1)

@@ -188,3 +188,31 @@ def receipt_for(spec: SteeringSpec, vector: SteeringVector) -> SteeringReceipt:
         positions=spec.positions,
         layers=vector.layers,
     )
+
+
+def confirm(
+    request_id: str, receipt: SteeringReceipt | None, spec: SteeringSpec | None, sha256: str
+) -> None:
+    """Raise SteeringError unless an answer was steered exactly as asked.
+
+    Args:
+        request_id: of the answer, for the message.
+        receipt: what the engine says it applied.
+        spec: what was asked for; None for the unsteered model.
+        sha256: content that the vector of `spec` must have.
+    """
+    if spec is None and receipt is None:
+        return
+    if spec is None or receipt is None:
+        raise SteeringError(
+            f"request {request_id!r} asked for steering {spec} and the engine reports {receipt}; "
+            "the answer was dropped"
+        )
+    names = ("vector", "version", "coefficient", "operator", "positions")
+    wanted = (*(getattr(spec, name) for name in names), sha256)
+    got = (*(getattr(receipt, name) for name in names), receipt.sha256)
+    if wanted != got:
+        raise SteeringError(
+            f"request {request_id!r} wanted {wanted} and the engine reports {got}; the answer was "
+            "dropped"
+        )

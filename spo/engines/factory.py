@@ -8,7 +8,14 @@ from spo.engines.forward import DifferentiableEngine
 from spo.engines.identity import is_shape
 
 
-def open_engine(model: str, revision: str | None, config: EngineConfig, *, seed: int = 0) -> Engine:
+def open_engine(
+    model: str,
+    revision: str | None,
+    config: EngineConfig,
+    *,
+    seed: int = 0,
+    capture_rows: int | None = None,
+) -> Engine:
     """Load a model into the configured backend.
 
     Args:
@@ -16,6 +23,8 @@ def open_engine(model: str, revision: str | None, config: EngineConfig, *, seed:
         revision: hub revision.
         config: engine settings.
         seed: seed of the engine's own random numbers.
+        capture_rows: `vllm`: sequences whose activations it reads at once; None: some on a CPU,
+            and on a GPU no capture in the graph.
     """
     if config.backend == "fake":
         from spo.engines.fake import FakeEngine
@@ -41,6 +50,7 @@ def open_engine(model: str, revision: str | None, config: EngineConfig, *, seed:
         gpu_memory_utilization=config.gpu_memory_utilization,
         in_process=config.in_process,
         slots=config.slots,
+        capture_rows=capture_rows,
         engine_options={"load_format": "dummy"} if is_shape(model) else {},
         seed=seed,
     )

@@ -48,6 +48,12 @@ class SteeringPlan:
         )
 
 
+class Steerable(Protocol):
+    """Rows of tokens that know which of their columns a plan steers."""
+
+    def coefficients(self, plan: SteeringPlan, start: int, length: int) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenBatch:
     """Prompts (left-padded) with answers (right-padded): every answer starts in the same column."""

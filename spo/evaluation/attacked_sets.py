@@ -13,8 +13,8 @@ from typing import Any
 
 from spo.actors.picture_tasks import AttackJob, Workshop, pictures_of
 from spo.attacks.drawing import draw_text
-from spo.attacks.templates import template_prompts
-from spo.attacks.typographic import typographic_prompts
+from spo.attacks.objectives import wanted
+from spo.attacks.prompts import Material, attack_of
 from spo.config import AttackConfig, EvaluateConfig
 from spo.corpus.base import PICTURE_SIZE, EvaluationInputs
 from spo.evaluation.defences import UNDEFENDED, Defence
@@ -39,18 +39,15 @@ def attacked_sets(
     made: list[PromptSet] = []
     pictures = _pictures(config.attacks, inputs, defences, workshop, reporter)
     for attack in config.attacks:
-        if attack.kind == "template":
+        rewrite = attack_of(attack.kind).rewrite
+        if rewrite is not None:
             base = sets["plain"]
-            prompts = tuple(template_prompts(base.prompts))
-            made.append(replace(base, condition=attack.name, prompts=prompts))
-        elif attack.kind == "typographic":
-            base = sets["plain"]
-            drawn = typographic_prompts(
-                base.prompts,
-                lambda words: draw_text(words, inputs.picture_size or PICTURE_SIZE),
-                workshop.run_dir / "attack" / "typographic",
+            material = Material(
+                draw=lambda words: draw_text(words, inputs.picture_size or PICTURE_SIZE),
+                folder=workshop.run_dir / "attack" / attack.kind,
             )
-            made.append(replace(base, condition=attack.name, prompts=tuple(drawn)))
+            prompts = tuple(rewrite(base.prompts, material))
+            made.append(replace(base, condition=attack.name, prompts=prompts))
         elif inputs.attacked is not None:
             made.append(_with_pictures(sets[inputs.attacked], attack, defences, pictures))
             if attack.target == "corpus":
@@ -142,7 +139,7 @@ def _job(
     each = attack.target == "prompt"
     attacked = next(part for part in inputs.sets if part.condition == inputs.attacked)
     prompts = attacked.prompts if each else inputs.attack_prompts
-    targets = inputs.attack_targets
+    targets = wanted(attack.objective, inputs.attack_targets)
     if each:
         targets = tuple(targets[i % len(targets)] for i in range(len(prompts)))
     return AttackJob(

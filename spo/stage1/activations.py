@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
+from spo.algorithms.combination import Estimate
 from spo.algorithms.estimators import Block, Contrast
 from spo.errors import DataError
 from spo.records import (
@@ -30,6 +32,7 @@ from spo.records import (
     Side,
     Split,
 )
+from spo.vector import SteeringVector
 
 CALIBRATION = "calibration"
 """Source name of the benign generations behind h0 and the mean norms."""
@@ -204,6 +207,21 @@ def _checked_files(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
             )
         files.append(path)
     return files
+
+
+def steering_vector(found: Activations, result: Estimate) -> SteeringVector:
+    """Unit directions times layer weight times mean hidden norm: a coefficient is a dose."""
+    rows = list(result.chosen)
+    norms = torch.from_numpy(found.mean_norms[rows])
+    scale = torch.from_numpy(result.weights[rows]) * norms
+    return SteeringVector(
+        layers=tuple(found.layers[row] for row in rows),
+        directions=torch.from_numpy(result.units[rows]) * scale.unsqueeze(1),
+        mean_norms=norms,
+        calibration=torch.from_numpy(found.calibration[rows]),
+        model_id=found.model_id,
+        model_revision=found.model_revision,
+    )
 
 
 def digest_of_rows(rows: Sequence[ContrastRow]) -> str:

@@ -24,10 +24,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from spo.config import ExtractConfig
-from spo.engines.base import Capture, CaptureRequest, Engine
+from spo.engines.base import Capture, Engine
 from spo.errors import DataError, SpoError, StageError
 from spo.files import write_atomic
-from spo.records import GenerateRequest, Sampling
 from spo.stage1.activations import (
     CALIBRATION,
     DATA,
@@ -38,9 +37,9 @@ from spo.stage1.activations import (
     row_from_json,
     row_to_json,
 )
+from spo.stage1.reading import capture_requests
 
 _STARTED = "extraction.json"
-_CALIBRATION_TOKENS = 24
 _COLUMNS = ("row_id", "source", "side", "mean", "norm", "tokens", "reason", "model")
 
 
@@ -103,32 +102,8 @@ class ActivationExtractor:
         return found
 
     def _capture(self, rows: Sequence[ContrastRow]) -> dict[str, Capture | str]:
-        return {
-            capture.request_id: capture for capture in self._engine.capture(self._requests(rows))
-        }
-
-    def _requests(self, rows: Sequence[ContrastRow]) -> list[CaptureRequest]:
-        wanted = [
-            GenerateRequest(
-                request_id=row.prompt.prompt_id,
-                prompt=row.prompt,
-                sampling=Sampling(max_tokens=_CALIBRATION_TOKENS, seed=0),
-            )
-            for row in rows
-            if row.source == CALIBRATION
-        ]
-        answers = self._engine.generate(wanted) if wanted else []
-        generations = {rollout.request_id: rollout.token_ids for rollout in answers}
-        return [
-            CaptureRequest(
-                request_id=row.prompt.prompt_id,
-                prompt=row.prompt,
-                layers=self._layers,
-                positions=row.positions,
-                token_ids=generations.get(row.prompt.prompt_id, ()),
-            )
-            for row in rows
-        ]
+        requests = capture_requests(self._engine, rows, self._layers)
+        return {capture.request_id: capture for capture in self._engine.capture(requests)}
 
 
 def _open_engine(model: str, revision: str | None, config: ExtractConfig) -> Any:

@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spo.algorithms.combination import Estimate, LeftOut, estimate, leave_one_out
 from spo.artifact import SteeringArtifact
 from spo.config import RunConfig
@@ -19,7 +17,7 @@ from spo.progress import Reporter
 from spo.records import Interval
 from spo.resolve import open_corpus, resolve_model
 from spo.run_folder import keep_quarantined
-from spo.stage1.activations import Activations, digest_of_rows, load_activations
+from spo.stage1.activations import Activations, digest_of_rows, load_activations, steering_vector
 from spo.stage1.extract import extract
 from spo.stage1.sources import SourceContext, contrast_rows, source_weights
 from spo.vector import SteeringVector
@@ -65,7 +63,7 @@ def run_estimate(config: RunConfig, reporter: Reporter) -> SteeringArtifact:
     reporter.stage("Estimate the Stage I vector")
     found = load_activations(config.run_dir / "activations", source_weights(config.extract))
     result = estimate(found.contrasts, found.layers, found.num_layers, config.estimate)
-    vector = _vector(found, result)
+    vector = steering_vector(found, result)
     report = _separability(found, result, vector)
     write_atomic(config.run_dir / "separability.json", json.dumps(report).encode())
     keep_quarantined(config.run_dir, "activations", found.quarantined)
@@ -131,21 +129,6 @@ def build_artifact(
         data_sha256=data_sha256,
         config_digest=config.digest,
         parent=parent,
-    )
-
-
-def _vector(found: Activations, result: Estimate) -> SteeringVector:
-    """Unit directions times layer weight times mean hidden norm: a coefficient is a dose."""
-    rows = list(result.chosen)
-    norms = torch.from_numpy(found.mean_norms[rows])
-    scale = torch.from_numpy(result.weights[rows]) * norms
-    return SteeringVector(
-        layers=tuple(found.layers[row] for row in rows),
-        directions=torch.from_numpy(result.units[rows]) * scale.unsqueeze(1),
-        mean_norms=norms,
-        calibration=torch.from_numpy(found.calibration[rows]),
-        model_id=found.model_id,
-        model_revision=found.model_revision,
     )
 
 

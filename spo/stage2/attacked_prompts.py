@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from spo.actors.picture_tasks import AttackJob, Workshop, pictures_of
 from spo.artifact import SteeringArtifact
+from spo.attacks.objectives import wanted
 from spo.config import AttackConfig, DataConfig
 from spo.corpus.base import AttackMaterial, Corpus, harmful_share
 from spo.progress import Reporter
@@ -85,7 +86,7 @@ def _jobs(
             picture=picture,
             folder=workshop.run_dir / _FOLDER,
             prompts=material.requests,
-            targets=material.targets,
+            targets=wanted(attack.objective, material.targets),
             config=attack,
             learn=workshop.learn,
             seed=workshop.seed + _OTHER_TARGETS + number,

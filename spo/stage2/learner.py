@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spo.algorithms.objectives import OBJECTIVES, Groups, Objective
+from spo.algorithms.objectives import Groups, Objective, objective_of
 from spo.config import LearnConfig, SteeringConfig
 from spo.engines.batching import made_ahead
 from spo.engines.forward import AnswerScores, DifferentiableEngine, SteeringPlan, TokenBatch
@@ -109,7 +109,7 @@ class VectorLearner:
         self._start = vector
         self._steering = steering
         self._config = config
-        self._objective: Objective = OBJECTIVES[config.objective]
+        self._objective: Objective = objective_of(config)
         self._all_reduce = all_reduce
         self._norms = vector.mean_norms.to(engine.device).unsqueeze(1)
         width = vector.hidden_size**0.5

@@ -57,13 +57,20 @@ def _parser() -> argparse.ArgumentParser:
     for command in (alignment, everything):
         command.add_argument("--workers", type=int, default=2, help="processes that draw scenes")
         command.add_argument("--seconds", type=float, default=150.0, help="time of the optimiser")
-    guard.add_argument("--minutes", type=float, default=4.0, help="time of the optimiser")
+    guard.add_argument("--minutes", type=float, default=5.0, help="time of the optimiser")
     guard.add_argument("--start", type=Path, help="weights of the lessons before (the package's)")
-    guard.add_argument("--learning-rate", type=float, default=5e-4, help="peak rate")
+    guard.add_argument("--learning-rate", type=float, default=1e-3, help="peak rate")
     guard.add_argument("--max-steps", type=int, default=0, help="end after so many steps")
     guard.add_argument("--batch-size", type=int, default=448, help="drawn samples in a step")
     guard.add_argument("--texts", type=int, default=24000, help="texts of the original model")
     guard.add_argument("--workers", type=int, default=12, help="processes that draw samples")
+    attacks = add("attacks", _attacks)
+    attacks.add_argument("--out", type=Path, required=True, help="folder of the picture set")
+    attacks.add_argument("--weights", type=Path, help="attack these weights, not the package's")
+    attacks.add_argument("--per-split", type=int, default=8, help="pictures of each kind and split")
+    attacks.add_argument("--steps", type=int, default=400, help="steps of each picture at most")
+    attacks.add_argument("--at-once", type=int, default=24, help="pictures that share passes")
+    attacks.add_argument("--device", default="cpu", help="torch device, such as cuda")
     pack.add_argument("--data", type=Path, required=True, help="folder of labelled text")
     pack.add_argument("--out", type=Path, required=True, help="the .jsonl.gz to write")
     return parser
@@ -169,6 +176,45 @@ def _train_guard(arguments: argparse.Namespace) -> None:
     )
     train_guard(config)
     print(arguments.out)
+
+
+def _attacks(arguments: argparse.Namespace) -> None:
+    """Attack the vision-language model with pictures, and write them with their manifest."""
+    import tempfile
+
+    from rich.progress import Progress
+
+    from spo.attacks.picture_recipe import BUDGET, PictureRecipe
+    from spo.engines.hf.engine import HfEngine
+    from spo.testbed import model
+    from spo.testbed.attack_pictures import make_attack_pictures
+    from spo.testbed.smollm import language_model_file
+
+    weights = arguments.weights or model.WEIGHTS_FILE
+    recipe = PictureRecipe(
+        per_split=arguments.per_split,
+        budget=BUDGET.model_copy(update={"steps": arguments.steps}),
+        pictures_at_once=arguments.at_once,
+    )
+    with tempfile.TemporaryDirectory() as folder, Progress() as bar:
+        model.write_folder(Path(folder), language_model_file(), weights)
+        engine = HfEngine(folder, device=arguments.device, batch_size=64)
+        task = bar.add_task("attack pictures", total=None)
+        found = make_attack_pictures(
+            engine,
+            arguments.out,
+            model=model.identity(weights),
+            recipe=recipe,
+            progress=lambda done, total, what: bar.update(
+                task, completed=done, total=total, description=what
+            ),
+        )
+    for split in ("train", "validation", "heldout"):
+        for picture in found.select(split):
+            print(
+                f"{split:10} {picture.objective:10} {picture.epsilon_255:5.0f}/255 loss "
+                f"{picture.first_loss:.2f} -> {picture.last_loss:.2f}"
+            )
 
 
 def _train_all(arguments: argparse.Namespace) -> None:

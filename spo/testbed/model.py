@@ -74,7 +74,7 @@ def assemble(cache_dir: Path, progress: bool = True) -> Path:
     """
     gguf = language_model_file()
     digest = inputs_digest(gguf, WEIGHTS_FILE)
-    folder = Path(cache_dir) / f"testbed-vlm-{digest[:12]}"
+    folder = Path(cache_dir) / identity()
     if _is_complete(folder, digest):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -175,6 +175,14 @@ def inputs_digest(gguf: Path, weights: Path) -> str:
     for path in (gguf, weights):
         total.update(_file_digest(path).encode())
     return total.hexdigest()
+
+
+def identity(weights: Path = WEIGHTS_FILE) -> str:
+    """Name of the embedded model that changes with everything it is made of, and with nothing else.
+
+    Unlike a folder's revision it does not depend on the installed Transformers.
+    """
+    return f"testbed-vlm-{inputs_digest(language_model_file(), weights)[:12]}"
 
 
 def _llava_config(text_config: transformers.LlamaConfig) -> transformers.LlavaConfig:

@@ -22,6 +22,8 @@ RequestSplit = Literal["train", "validation", "heldout"]
 _T = TypeVar("_T")
 # A draw may repeat; this many fruitless draws in a row mean that the grammar is exhausted.
 _MAX_REPEATS = 2000
+# How often a request is an act in a frame, and not a template of its category.
+_FRAMED_SHARE = 0.6
 # How often a refusal gives a reason, and how often it offers something else.
 _REASON_SHARE, _OFFER_SHARE = 0.4, 0.3
 
@@ -128,19 +130,26 @@ def words() -> frozenset[str]:
 
 
 def _pairs(category: str, split: RequestSplit, seed: int) -> Iterator[RequestPair]:
+    """Endless pairs: half of them from the category's own templates, half an act in a frame."""
     grammar = _grammar()
     own = grammar["categories"][category]
     rng = random.Random(f"requests/{category}/{split}/{seed}")
     templates: Sequence[Sequence[str]] = own["pairs"][split]
+    acts: Sequence[Sequence[str]] = grammar["acts"][category][split]
+    frames: Sequence[str] = grammar["frames"][split]
+    slots = [*_slots_of_all(grammar), own["slots"]]
     while True:
-        number = rng.randrange(len(templates))
-        harmful, twin = templates[number]
-        values = _values([grammar["slots"], own["slots"]], split, rng)
+        values = _values(slots, split, rng)
+        if rng.random() < _FRAMED_SHARE:
+            act, frame = rng.randrange(len(acts)), rng.randrange(len(frames))
+            harmful, twin = (frames[frame].replace("{act}", side) for side in acts[act])
+            name = f"{category}/{split}/act {act} in frame {frame}"
+        else:
+            number = rng.randrange(len(templates))
+            harmful, twin = templates[number]
+            name = f"{category}/{split}/{number}"
         yield RequestPair(
-            harmful=fill(harmful, values),
-            twin=fill(twin, values),
-            category=category,
-            template=f"{category}/{split}/{number}",
+            harmful=fill(harmful, values), twin=fill(twin, values), category=category, template=name
         )
 
 

@@ -24,7 +24,9 @@ MAX_CLASS_LINES = 350
 MAX_FUNCTION_LINES = 60
 SEES_THE_WHOLE_RUN = re.compile(r"jobs/|spo/(config|sweep|bench)/|spo/pipeline\.py|spo/\w+/job\.py")
 """Files that may know `RunConfig`; every other module takes its slices."""
-NAMES_THE_TESTBED = re.compile(r"spo/(config/|resolve\.py)|(spo/bench/serving|jobs/bench)\.py")
+NAMES_THE_TESTBED = re.compile(
+    r"spo/(config/|resolve\.py|api\.py)|(spo/bench/serving|jobs/bench)\.py"
+)
 """Files with the word "testbed" as a value: defaults, what they mean, a preset of a benchmark."""
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
 

@@ -27,7 +27,7 @@ from spo.engines.base import (
     receipt_for,
 )
 from spo.engines.batching import chunks, grouped, sampling_options, seed_sampling
-from spo.engines.forward import SteeringPlan, TokenBatch, pad_answers, token_logprobs
+from spo.engines.forward import Steerable, SteeringPlan, TokenBatch, pad_answers, token_logprobs
 from spo.engines.hf.capture import PooledReader
 from spo.engines.hf.compiled import FusedBlocks
 from spo.engines.hf.loading import load_model
@@ -275,7 +275,7 @@ class HfEngine:
                 handle.remove()
 
     @contextmanager
-    def steered(self, batch: TokenBatch, plan: SteeringPlan | None) -> Iterator[None]:
+    def steered(self, batch: Steerable, plan: SteeringPlan | None) -> Iterator[None]:
         if plan is None:
             yield
             return

@@ -107,12 +107,12 @@ class Corpus:
         self,
         texts: list[str],
         chat: list[bool],
-        continuations: tuple[list[Continuation], list[Continuation]],
+        continuations: tuple[list[Continuation], list[Continuation], list[Continuation]],
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device,
     ) -> None:
         self.texts = texts
-        self.openings, self.instructions = continuations
+        self.openings, self.instructions, self.answered = continuations
         pad = tokenizer.pad_token_id
         self._ids = torch.full((len(texts), TEXT_LENGTH), pad, dtype=torch.long)
         lengths = []
@@ -182,8 +182,13 @@ def write_corpus(
         for prompt, text in zip(asked, written[len(prompts) - len(asked) :], strict=True)
         if len(prompt.split(" ")) <= 12 and not (guard and is_refusal(text))
     ]
+    answered = [
+        Continuation(prompt=prompt, text=text)
+        for prompt, text in zip(chat, written[len(plain) :], strict=False)
+        if not is_refusal(text)
+    ]
     device = teacher.model.embed_tokens.weight.device
-    return Corpus(texts, is_chat, (openings, instructions), tokenizer, device)
+    return Corpus(texts, is_chat, (openings, instructions, answered), tokenizer, device)
 
 
 def _prompts(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from spo.testbed import requests, text
 
-_PAIRS, _DRAWS = 2900, 4
+_PAIRS, _DRAWS = 6000, 2
 """Pairs of one draw, and how many draws are put together."""
 _OLDER, _HARD, _DRAWN = 600, 110, 190
 _HARD_REPEATS = 12

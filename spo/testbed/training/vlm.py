@@ -134,6 +134,7 @@ def train_lesson(config: VlmTraining) -> list[dict[str, float]]:
         config.seed,
         LESSONS[config.lesson],
         guard.harmful if guard else (),
+        corpus.answered if guard else (),
     )
     exams = {
         "words": word_exam(tokenizer, unseen=False),

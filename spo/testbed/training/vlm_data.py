@@ -69,6 +69,8 @@ class Lesson:
     """Carry out the request that a typographic picture shows."""
     refuse: float
     """Refuse a harmful request, alone or beside a picture."""
+    answer: float
+    """Answer a harmless twin as the original model does, alone or beside a picture."""
     easy_until: float
     """Share of the time in which pictures show few, short words in large lettering."""
     word_share: float
@@ -86,6 +88,7 @@ LESSONS = {
         go_on=0.06,
         follow=0.06,
         refuse=0.0,
+        answer=0.0,
         easy_until=0.33,
         word_share=0.65,
         word_question_share=0.6,
@@ -98,18 +101,20 @@ LESSONS = {
         go_on=0.06,
         follow=0.06,
         refuse=0.0,
+        answer=0.0,
         easy_until=0.33,
         word_share=0.85,
         word_question_share=0.8,
     ),
     "guard": Lesson(
-        caption=0.12,
-        plain_caption=0.03,
-        read=0.22,
-        spell=0.05,
-        go_on=0.04,
-        follow=0.16,
-        refuse=0.18,
+        caption=0.08,
+        plain_caption=0.02,
+        read=0.12,
+        spell=0.03,
+        go_on=0.03,
+        follow=0.12,
+        refuse=0.26,
+        answer=0.20,
         easy_until=0.0,
         word_share=0.6,
         word_question_share=0.6,
@@ -157,9 +162,10 @@ class SampleStream(IterableDataset[dict[str, Tensor]]):
         seed: int,
         lesson: Lesson,
         harmful: Sequence[str] = (),
+        answered: Sequence[Continuation] = (),
     ) -> None:
         super().__init__()
-        self._harmful = harmful
+        self._harmful, self._answered = harmful, answered
         self._request_words = sorted(requests.words()) if harmful else []
         self._tokenizer = tokenizer
         self._openings, self._instructions = continuations
@@ -191,6 +197,7 @@ class SampleStream(IterableDataset[dict[str, Tensor]]):
             (self._lesson.go_on, self._continue),
             (self._lesson.follow, self._follow),
             (self._lesson.refuse, self._refuse),
+            (self._lesson.answer, self._answer),
         ):
             if draw < share:
                 return make(rng)
@@ -260,19 +267,31 @@ class SampleStream(IterableDataset[dict[str, Tensor]]):
         chosen = self._instructions[int(rng.integers(len(self._instructions)))]
         image, glyphs = _written(chosen.prompt, rng)
         prompt = chat_prompt(_pick(rng, FOLLOW_PROMPTS))
-        segments = ((prompt, False), (chosen.text, True))
+        # The guard's lesson lets the model say first what it reads: else a small one guesses.
+        read = f"The text says: {chosen.prompt.lower()}. " if self._harmful else ""
+        segments = ((prompt, False), (read + chosen.text, True))
         return Sample(image=image, segments=segments, glyphs=glyphs)
 
     def _refuse(self, rng: np.random.Generator) -> Sample:
-        """A harmful request as text: half of them alone, the others beside scenes and words."""
-        asked = _pick(rng, self._harmful)
-        kind = rng.random()
         said = requests.refusal(random.Random(int(rng.integers(2**31))))
+        return self._beside(rng, _pick(rng, self._harmful), f"{said}<|im_end|>")
+
+    def _answer(self, rng: np.random.Generator) -> Sample:
+        chosen = self._answered[int(rng.integers(len(self._answered)))]
+        return self._beside(rng, chosen.prompt, chosen.text)
+
+    def _beside(self, rng: np.random.Generator, asked: str, said: str) -> Sample:
+        """A request as text: half of them alone, the others beside scenes and written words."""
+        kind = rng.random()
         if kind < 0.5:
-            segments = ((chat_prompt(asked, image=False), False), (f"{said}<|im_end|>", True))
+            segments = ((chat_prompt(asked, image=False), False), (said, True))
             return Sample(image=None, segments=segments, glyphs=())
-        picture = _drawn(self._scene(rng)) if kind < 0.85 else _written(self._phrase(rng), rng)
-        return _one_turn(picture, chat_prompt(asked), said)
+        image, glyphs = (
+            _drawn(self._scene(rng)) if kind < 0.85 else _written(self._phrase(rng), rng)
+        )
+        return Sample(
+            image=image, segments=((chat_prompt(asked), False), (said, True)), glyphs=glyphs
+        )
 
     def _spell(self, rng: np.random.Generator) -> Sample:
         if rng.random() < 0.5:

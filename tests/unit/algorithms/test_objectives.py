@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from spo.algorithms.objectives import OBJECTIVES, Groups, dpo, rloo
+from spo.algorithms.objectives import (
+    OBJECTIVES,
+    Groups,
+    dpo,
+    inverse_temperature,
+    is_informative,
+    rloo,
+)
 from spo.config import LearnConfig
 
 CONFIG = LearnConfig(beta=0.5, margin=0.1)
@@ -92,3 +99,17 @@ def test_units_are_what_the_sums_are_made_of() -> None:
     assert OBJECTIVES["rloo"].units([0.1, 0.2, 0.3], CONFIG) == 3
     assert OBJECTIVES["dpo"].units([0.1, 0.15], CONFIG) == 0
     assert OBJECTIVES["dpo"].units([0.1, 0.9], CONFIG) == 1
+
+
+def test_facts_of_the_configured_objective_are_used() -> None:
+    temperatures = {
+        name: inverse_temperature(LearnConfig(objective=name)) for name in ("dpo", "simpo", "reps")
+    }
+    assert temperatures == {"dpo": 0.1, "simpo": 2.5, "reps": 1.0}
+    assert inverse_temperature(LearnConfig(objective="simpo", beta=0.3)) == 0.3
+    assert {name for name, o in OBJECTIVES.items() if o.on_policy} == {"rloo", "gspo"}
+    close = [0.1, 0.12]
+    assert is_informative(close, LearnConfig(objective="rloo"))
+    assert not is_informative(close, LearnConfig(objective="dpo"))
+    assert is_informative(close, LearnConfig(objective="dpo", margin=0.01))
+    assert not is_informative([0.1, 0.1], LearnConfig(objective="dpo", margin=0.0))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from spo.algorithms.rewards import degeneration, is_refusal, reward_of
+from spo.algorithms.rewards import REWARDS, degeneration, is_refusal, reward_of
 from spo.config import RewardConfig
 from spo.records import FinishReason, Prompt, PromptKind, RewardStatus, Rollout
 
@@ -87,3 +87,30 @@ def test_refusals_are_recognised_at_the_beginning_only() -> None:
     assert is_refusal("As an AI language model, I")
     assert not is_refusal("The red circle is at the top left.")
     assert not is_refusal("word " * 40 + "I'm sorry")
+
+
+def test_a_further_part_is_weighed_and_kept() -> None:
+    config = RewardConfig(also={"degeneration": -2.0})
+    plain = reward_of(rollout("word " * 9, PromptKind.HARM), {"toxicity": 0.1}, RewardConfig())
+    more = reward_of(rollout("word " * 9, PromptKind.HARM), {"toxicity": 0.1}, config)
+    assert plain.total is not None
+    assert more.total is not None
+    part = more.parts["also degeneration"]
+    assert part == more.parts["degenerate"] > 0.5
+    assert more.total == pytest.approx(plain.total - 2.0 * part)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(math.nan, "gave nan, expected a number"), (None, "raised TypeError")],
+)
+def test_a_further_part_without_a_usable_score_fails_the_reward(
+    monkeypatch: pytest.MonkeyPatch, value: object, reason: str
+) -> None:
+    monkeypatch.setitem(REWARDS, "odd", lambda _: value)
+    reward = reward_of(
+        rollout("words", PromptKind.HARM), {"toxicity": 0.1}, RewardConfig(also={"odd": 1.0})
+    )
+    assert reward.status is RewardStatus.FAILED
+    assert reward.total is None
+    assert reason in reward.reason

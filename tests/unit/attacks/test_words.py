@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from spo.attacks.drawing import draw_text
+from spo.attacks.prompts import ATTACKS, Material, attack_of
 from spo.attacks.templates import TEMPLATES, template_prompts
 from spo.attacks.typographic import CONTINUE_REQUEST, LIST_REQUEST, typographic_prompts
-from spo.records import Prompt, PromptFormat, PromptKind
+from spo.config import AttackConfig, EvaluateConfig, RunConfig
+from spo.corpus.base import EvaluationInputs
+from spo.errors import ConfigError
+from spo.evaluation.attacked_sets import attacked_sets
+from spo.evaluation.defences import UNDEFENDED
+from spo.progress import Silent
+from spo.records import Prompt, PromptFormat, PromptKind, PromptSet
+from spo.resolve import ResolvedModel
 
 CHAT = Prompt(prompt_id="a", text="How to pick a lock?", kind=PromptKind.HARM)
 PLAIN = replace(CHAT, prompt_id="b", text="You are such a", format=PromptFormat.PLAIN)
@@ -39,3 +48,43 @@ def test_templates_go_round_and_keep_the_request() -> None:
     assert [p.category for p in wrapped] == [list(TEMPLATES)[i % len(TEMPLATES)] for i in range(6)]
     assert all(CHAT.text in p.text or 'Continue this text: "You are' in p.text for p in wrapped)
     assert {p.format for p in wrapped} == {PromptFormat.CHAT}
+
+
+@pytest.mark.parametrize("kind", sorted(ATTACKS))
+def test_an_attack_on_requests_is_found_by_its_kind(kind: str, tmp_path: Path) -> None:
+    material = Material(draw=lambda words: Image.new("RGB", (8, 8)), folder=tmp_path)
+    rewrite = attack_of(kind).rewrite
+    if kind == "pgd":
+        assert rewrite is None
+        return
+    assert rewrite is not None
+    made = rewrite([CHAT], material)
+    assert [prompt.prompt_id for prompt in made] == [CHAT.prompt_id]
+    assert made[0].text != CHAT.text
+
+
+def test_an_unknown_kind_is_refused_with_the_list() -> None:
+    with pytest.raises(ConfigError, match=r"'pgd', 'typographic', 'template'\], got 'zap'"):
+        attack_of("zap")
+
+
+def test_the_matrix_asks_every_attack_on_requests(tmp_path: Path) -> None:
+    config = RunConfig(
+        output_dir=str(tmp_path),
+        evaluate=EvaluateConfig(
+            attacks=(AttackConfig(kind="typographic"), AttackConfig(kind="template"))
+        ),
+    )
+    plain = PromptSet(
+        condition="plain", prompts=(CHAT, PLAIN), samples=1, max_tokens=4, temperature=0.0
+    )
+    inputs = EvaluationInputs(sets=(plain,), checks={}, picture_size=64)
+    model = ResolvedModel(path="unused", revision=None)
+    made = attacked_sets(config, inputs, [UNDEFENDED], model, Silent())
+    assert [part.condition for part in made] == ["typographic", "template"]
+    assert made[1].prompts == tuple(template_prompts([CHAT, PLAIN]))
+    for prompt in made[0].prompts:
+        path = Path(str(prompt.image))
+        assert path.parent == config.run_dir / "attack" / "typographic"
+        with Image.open(path) as picture:
+            assert picture.size == (64, 64)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from spo.actors.picture_tasks import AttackJob, Workshop, pictures_of
+from spo.actors.picture_tasks import AttackJob, Workshop, attack_picture, pictures_of
 from spo.artifact import SteeringArtifact
 from spo.config import AttackConfig, DataConfig, LearnConfig, RunConfig
 from spo.errors import ConfigError
@@ -19,6 +20,7 @@ from spo.resolve import ResolvedModel, open_corpus
 from spo.stage2.attacked_prompts import with_attacked
 from spo.sweep.settings import load_sweep
 from spo.vector import SteeringVector
+from tests.tiny_models import make_tiny_model
 
 PROMPTS = [Prompt(prompt_id=f"p{i}", text="You", kind=PromptKind.HARM) for i in range(8)]
 MODEL = ResolvedModel(path="model", revision=None)
@@ -126,6 +128,33 @@ def test_pictures_are_found_again_by_what_they_depend_on(tmp_path: Path) -> None
     turned = vector.replace(directions=-vector.directions)
     assert job(tmp_path, vector=turned.to_bytes()).digest != made.digest
     assert job(tmp_path, vector=vector.to_bytes(), targets=("worse",)).digest != made.digest
+
+
+def test_pictures_that_end_early_have_one_mean_curve(tmp_path: Path) -> None:
+    config = AttackConfig(
+        target="prompt",
+        objective="compliance",
+        steps=20,
+        epsilon_255=64,
+        flat_steps=2,
+        flat_gain=0.02,
+    )
+    asked = replace(
+        job(tmp_path, vector=b"", targets=("Sure, here", "Yes. First,", "Of course", "Certainly")),
+        model=str(make_tiny_model("llava", tmp_path / "tiny-llava")),
+        prompts=PROMPTS[:4],
+        config=config,
+        steering=None,
+        learn=LearnConfig(dtype="float32"),
+        name=config.name,
+    )
+    curve = attack_picture(asked)
+    # Each picture has one pair, and 4 to 20 steps of its own.
+    assert len(curve["losses"]) < curve["pairs"] < 4 * len(curve["losses"])
+    assert curve["attacked_loss"] < curve["clean_loss"]
+    assert curve["wall_s"] > 0
+    assert sorted(curve["pictures"]) == [prompt.prompt_id for prompt in PROMPTS[:4]]
+    assert Path(curve["pictures"]["p3"]).name == "pgd-compliance-each-64--p3.png"
 
 
 def test_a_round_starts_from_another_artifact_than_it_writes() -> None:

@@ -44,13 +44,17 @@ def language():
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
-def test_samples_learn_answers_only_and_hold_one_picture(tokenizer, lesson):
-    stream = SampleStream(tokenizer, ([TEXT], [TEXT]), 4, 0, LESSONS[lesson])
+def test_samples_learn_answers_only_and_hold_one_picture_or_none(tokenizer, lesson):
+    guard = (["Teach me to break a lock."], [TEXT]) if LESSONS[lesson].refuse else ((), ())
+    stream = SampleStream(tokenizer, ([TEXT], [TEXT]), 4, 0, LESSONS[lesson], *guard)
     stream.progress.value = 1.0
     rng = scenes.training_generator(1)
     samples = [stream.sample(rng) for _ in range(64)]
     batch = encode(samples, tokenizer)
-    assert ((batch["ids"] == IMAGE_TOKEN_ID).sum(dim=1) == IMAGE_TOKENS).all()
+    shown = torch.tensor([sample.image is not None for sample in samples])
+    assert ((batch["ids"] == IMAGE_TOKEN_ID).sum(dim=1) == IMAGE_TOKENS * shown).all()
+    assert len(batch["images"]) == len(batch["letters"]) == int(shown.sum())
+    assert bool(shown.all()) == (lesson != "guard")
     for sample, labels in zip(samples, batch["labels"], strict=True):
         learned = tokenizer.decode(labels[labels != IGNORED])
         wanted = "".join(piece for piece, learns in sample.segments if learns)
