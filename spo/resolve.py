@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spo.config import (
     CorpusSettings,
@@ -18,11 +18,11 @@ from spo.config import (
     ModelConfig,
     RewardConfig,
 )
-from spo.corpus.base import Corpus
-from spo.corpus.files import FileCorpus, names_data
 from spo.errors import ConfigError
-from spo.scorers.base import Judge, SuccessJudge
-from spo.testbed.corpus import EmbeddedCorpus
+
+if TYPE_CHECKING:
+    from spo.corpus.base import Corpus
+    from spo.scorers.base import Judge, SuccessJudge
 
 TESTBED = "testbed"
 
@@ -124,6 +124,8 @@ def open_success_judges(config: EvaluateConfig) -> list[SuccessJudge]:
 
 def open_corpus(settings: CorpusSettings) -> Corpus:
     """What the run is made on: the testbed, or the user's files where any are named."""
+    from spo.corpus.files import FileCorpus, names_data
+    from spo.testbed.corpus import EmbeddedCorpus
 
     def tokenizer() -> Any:
         from transformers import AutoTokenizer

@@ -8,6 +8,7 @@ from spo.config.datasets import DatasetConfig
 from spo.config.evaluation import AttackConfig, DefenceConfig, EvaluateConfig, JudgeConfig
 from spo.config.load import load_config
 from spo.config.run import (
+    DEFAULT_CACHE,
     CorpusSettings,
     DataConfig,
     ModelConfig,
@@ -30,6 +31,7 @@ from spo.config.stage1 import (
 from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutConfig
 
 __all__ = [
+    "DEFAULT_CACHE",
     "AdversarialSource",
     "AttackConfig",
     "AttributionSource",
