@@ -25,7 +25,7 @@ from spo import plugins
 from spo.algorithms.combination import estimate
 from spo.algorithms.estimators import Contrast
 from spo.artifact import SteeringArtifact
-from spo.config import EngineConfig, EstimateConfig, ModelConfig, RunConfig, SteeringConfig
+from spo.config import DEFAULT_CACHE, EngineConfig, EstimateConfig, ModelConfig, SteeringConfig
 from spo.config.load import validated
 from spo.engines.base import Capture, Engine, EngineInfo, confirm
 from spo.engines.factory import open_engine
@@ -99,7 +99,8 @@ def open_model(
     chosen = {"backend": _BACKENDS[backend], "dtype": dtype, "num_gpus": float(on_gpu)}
     tree = (settings or EngineConfig()).model_dump() | chosen
     config = validated(EngineConfig, tree, None)
-    found = resolve_model(ModelConfig(id=str(model), revision=revision), RunConfig().cache)
+    cache = DEFAULT_CACHE.expanduser().absolute()
+    found = resolve_model(ModelConfig(id=str(model), revision=revision), cache)
     try:
         engine = open_engine(found.path, found.revision, config, capture_rows=_READ_AT_ONCE)
     except ModuleNotFoundError as error:

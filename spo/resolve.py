@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spo.config import (
     CorpusSettings,
@@ -26,12 +26,12 @@ from spo.config.rewards import (
     RefusalPart,
     ToxicityPart,
 )
-from spo.corpus.base import Corpus
-from spo.corpus.files import FileCorpus, names_data
 from spo.errors import ConfigError, SpoError
-from spo.scorers.base import Judge, SuccessJudge
 from spo.scorers.rewards import alignment_arguments, kind_of
-from spo.testbed.corpus import EmbeddedCorpus
+
+if TYPE_CHECKING:
+    from spo.corpus.base import Corpus
+    from spo.scorers.base import Judge, SuccessJudge
 
 TESTBED = "testbed"
 
@@ -178,6 +178,8 @@ def open_success_judges(config: EvaluateConfig) -> list[SuccessJudge]:
 
 def open_corpus(settings: CorpusSettings) -> Corpus:
     """What the run is made on: the testbed, or the user's files where any are named."""
+    from spo.corpus.files import FileCorpus, names_data
+    from spo.testbed.corpus import EmbeddedCorpus
 
     def tokenizer() -> Any:
         from transformers import AutoTokenizer

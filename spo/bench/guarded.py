@@ -74,9 +74,9 @@ class DefenceSettings:
     layers: tuple[int, ...] = LAYERS
 
 
-_ADD = (0.02, 0.04, 0.06, 0.08, 0.1)
+_ADD = (0.005, 0.01, 0.015, 0.02, 0.03, 0.045)
 _GATED = (0.25, 0.5, 1.0, 2.0, 4.0)
-_LEARNED = (0.025, 0.0375, 0.05, 0.0625, 0.075)
+_LEARNED = (0.02, 0.03, 0.04, 0.05)
 DEFENCES: dict[str, DefenceSettings] = {
     "none": DefenceSettings(vector=""),
     "reminder": DefenceSettings(vector=""),

@@ -41,8 +41,8 @@ from spo.vector import SteeringVector
 
 logger = logging.getLogger(__name__)
 _TRAINED = {
-    "bipo": ("bipo", Operator.ADD, 0.05),
-    "spo": ("rloo", Operator.ADD, 0.05),
+    "bipo": ("bipo", Operator.ADD, 0.04),
+    "spo": ("rloo", Operator.ADD, 0.04),
     "spo-adaptive": ("rloo", Operator.ADAPTIVE, 1.0),
 }
 """Objective, operator and coefficient of the vectors that are trained."""

@@ -15,6 +15,7 @@ from spo.config.datasets import DatasetConfig
 from spo.config.evaluation import DefenceConfig, EvaluateConfig, JudgeConfig
 from spo.config.load import load_config
 from spo.config.run import (
+    DEFAULT_CACHE,
     CorpusSettings,
     DataConfig,
     ModelConfig,
@@ -37,6 +38,7 @@ from spo.config.stage1 import (
 from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutConfig
 
 __all__ = [
+    "DEFAULT_CACHE",
     "AdversarialSource",
     "AnyAttack",
     "AttackConfig",

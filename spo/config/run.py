@@ -24,6 +24,9 @@ from spo.config.stage1 import EstimateConfig, ExtractConfig
 from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutConfig
 from spo.records import Operator, Positions
 
+DEFAULT_CACHE = Path("~/.cache/spo-vlm")
+"""Folder of assembled models and drawn pictures."""
+
 
 class ModelConfig(Slice):
     """The frozen model."""
@@ -116,7 +119,7 @@ class RunConfig(Slice):
     seed: int = 0
     output_dir: Location = "outputs"
     """Folder, or URL such as s3://bucket/prefix; a run writes to `output_dir/name`."""
-    cache_dir: Path = Path("~/.cache/spo-vlm")
+    cache_dir: Path = DEFAULT_CACHE
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     extract: ExtractConfig = ExtractConfig()

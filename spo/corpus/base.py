@@ -82,8 +82,8 @@ class Corpus(Protocol):
         """`source.rows` prompts on each side, for a source that names no data set of its own."""
         ...
 
-    def calibration_prompts(self) -> list[Prompt]:
-        """Benign prompts; generations from them give h0 and the mean norms."""
+    def calibration_prompts(self) -> tuple[list[Prompt], list[QuarantinedRow]]:
+        """Benign prompts, from whose generations come h0 and the mean norms; and unusable rows."""
         ...
 
     def evaluation_inputs(self) -> EvaluationInputs:

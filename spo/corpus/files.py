@@ -67,28 +67,29 @@ class FileCorpus:
         """A source that names no data set is the other corpus's."""
         return self.rest.contrast(source, seed)
 
-    def calibration_prompts(self) -> list[Prompt]:
+    def calibration_prompts(self) -> tuple[list[Prompt], list[QuarantinedRow]]:
         """Benign prompts out of `extract.calibration`, the own contrasts, or the training prompts.
 
-        Of several contrasts each gives its turn, so that none stands for all.
+        Contrasts give theirs in turn, so that none stands for all; their unusable rows are reported
+        where the contrast is read.
         """
         extract = self.settings.extract
         if extract.calibration is not None:
-            found, _ = _decodable(read_prompts(extract.calibration)[0])
-            return self._benign(found, str(extract.calibration))
+            found, bad = read_prompts(extract.calibration)
+            found, damaged = _decodable(found)
+            return self._benign(found, str(extract.calibration)), bad + damaged
         safe = []
         for number, source in enumerate(extract.sources):
             sides, _ = named_sides(source, self.settings.cache, self.settings.seed + number)
             safe.append([prompt for side, prompt in sides if side is Side.SAFE])
         turns = [p for turn in zip_longest(*safe) for p in turn if p is not None]
         if turns:
-            prompts, _ = _decodable(turns)
-            return self._benign(
-                [replace(p, kind=PromptKind.BENIGN) for p in prompts], "extract.sources"
-            )
+            safe_side = [replace(p, kind=PromptKind.BENIGN) for p in _decodable(turns)[0]]
+            return self._benign(safe_side, "the safe side of extract.sources"), []
         if self.train is None:
             return self.rest.calibration_prompts()
-        return self._benign(self.training_prompts()[0], f"data.train={self.train}")
+        prompts, bad = self.training_prompts()
+        return self._benign(prompts, f"data.train={self.train}"), bad
 
     def _benign(self, prompts: Sequence[Prompt], where: str) -> list[Prompt]:
         benign = [prompt for prompt in prompts if prompt.kind is PromptKind.BENIGN]

@@ -86,9 +86,8 @@ def contrast_rows(context: SourceContext) -> Built:
     Other errors as in `check_sources`.
     """
     _check_names(context.extract)
-    calibration = context.corpus.calibration_prompts()
+    calibration, bad = context.corpus.calibration_prompts()
     rows: list[ContrastRow] = []
-    bad: list[QuarantinedRow] = []
     for number, source in enumerate(context.extract.sources):
         found, unusable = _BUILDERS[type(source)](source, context, context.seed + number)
         rows += found

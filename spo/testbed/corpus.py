@@ -47,13 +47,10 @@ class EmbeddedCorpus:
         rows = data.contrast(source.kind, source.rows, self.settings.cache, seed)
         return [(side, prompt) for side, prompt, _ in rows]
 
-    def calibration_prompts(self) -> list[Prompt]:
+    def calibration_prompts(self) -> tuple[list[Prompt], list[QuarantinedRow]]:
         """Neutral openings and pictures to describe."""
-        return data.calibration_prompts(
-            self.settings.cache,
-            count=self.settings.extract.calibration_rows,
-            seed=self.settings.seed,
-        )
+        count, seed = self.settings.extract.calibration_rows, self.settings.seed
+        return data.calibration_prompts(self.settings.cache, count=count, seed=seed), []
 
     def evaluation_inputs(self) -> EvaluationInputs:
         """Prompt sets, exact checks and the attack's material; held out from training."""

@@ -22,6 +22,12 @@ TEXTS = sorted(
 )
 MAX_CLASS_LINES = 350
 MAX_FUNCTION_LINES = 60
+SEES_THE_WHOLE_RUN = re.compile(r"jobs/|spo/(config|sweep|bench)/|spo/pipeline\.py|spo/\w+/job\.py")
+"""Files that may know `RunConfig`; every other module takes its slices."""
+NAMES_THE_TESTBED = re.compile(
+    r"spo/(config/|resolve\.py|api\.py)|(spo/bench/serving|jobs/bench)\.py"
+)
+"""Files with the word "testbed" as a value: defaults, what they mean, a preset of a benchmark."""
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
 
 
@@ -77,6 +83,54 @@ def test_every_module_says_what_it_is() -> None:
         if p.read_text().strip() and not ast.get_docstring(ast.parse(p.read_text()))
     ]
     assert silent == []
+
+
+def imports_of(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of every import, also of those inside functions; "" for a whole module."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found += [(node.module or "", alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+    return found
+
+
+def test_only_the_edges_see_the_whole_configuration() -> None:
+    """Who has no `RunConfig` can only take slices; annotations need the import."""
+    whole = {"RunConfig", "load_config", "run", "load", ""}
+    seeing = {
+        relative(path)
+        for path in SOURCES
+        for module, name in imports_of(path)
+        if (module, name) == ("spo", "config")
+        or (module.split(".")[:2] == ["spo", "config"] and name in whole)
+    }
+    assert {"spo/pipeline.py", "spo/stage2/job.py"} <= seeing
+    assert {path for path in seeing if not SEES_THE_WHOLE_RUN.match(path)} == set()
+
+
+def test_only_one_module_asks_whether_it_is_the_testbed() -> None:
+    asking, naming, importing = set(), set(), set()
+    for path in SOURCES:
+        place = relative(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and node.value == "testbed":
+                naming.add(place)
+            elif isinstance(node, ast.Compare | ast.Match):
+                parts = list(ast.walk(node))
+                words = {part.id for part in parts if isinstance(part, ast.Name)}
+                words |= {repr(part.value) for part in parts if isinstance(part, ast.Constant)}
+                if words & {"TESTBED", "'testbed'"}:
+                    asking.add(place)
+        for module, name in imports_of(path):
+            if f"{module}.{name}".startswith("spo.testbed") or name == "TESTBED":
+                importing.add(place)
+    assert asking == {"spo/resolve.py"}
+    assert {place for place in naming if not NAMES_THE_TESTBED.match(place)} == set()
+    assert {place for place in importing if not place.startswith("spo/testbed/")} == {
+        "spo/resolve.py"
+    }
 
 
 def test_no_broad_except_without_raise() -> None:

@@ -25,6 +25,7 @@ import pytest
 import yaml
 from referencing import Registry, Resource
 
+from jobs.command import workload
 from spo.config import RunConfig, load_config
 from spo.session.placement import Room, check_room, phases_of
 from tests.cluster.kustomize import apply, read_documents, render
@@ -182,7 +183,7 @@ def test_the_largest_cluster_holds_every_stage(
             )
             for i in range(group["maxReplicas"])
         ]
-    check_room(phases_of(config, ("extract", "train", "evaluate")), rooms)
+    check_room(phases_of(workload(config), ("extract", "train", "evaluate")), rooms)
 
 
 def commands_in(text: str) -> list[list[str]]:

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from spo.config import DataConfig, EvaluateConfig, RunConfig
+from spo.corpus.base import EvaluationInputs
 from spo.datasets.prompts import write_prompts
 from spo.errors import ConfigError, DataError
-from spo.records import Prompt, PromptFormat, PromptKind
-from spo.resolve import evaluation_inputs, training_prompts
+from spo.records import Prompt, PromptFormat, PromptKind, QuarantinedRow
+from spo.resolve import open_corpus
 
 
 def prompt_file(folder: Path) -> Path:
@@ -26,9 +27,19 @@ def prompt_file(folder: Path) -> Path:
     return write_prompts(prompts, folder / "prompts.jsonl")
 
 
+def training_prompts(
+    data: DataConfig, cache: Path, seed: int = 0
+) -> tuple[list[Prompt], list[QuarantinedRow]]:
+    run = RunConfig(data=data, cache_dir=cache, seed=seed)
+    return open_corpus(run.corpus).training_prompts()
+
+
+def evaluation_inputs(run: RunConfig) -> EvaluationInputs:
+    return open_corpus(run.corpus).evaluation_inputs()
+
+
 def test_training_prompts_with_a_damaged_picture_are_quarantined(tmp_path: Path) -> None:
-    config = DataConfig(train=str(prompt_file(tmp_path)))
-    prompts, bad = training_prompts(config, tmp_path, seed=0)
+    prompts, bad = training_prompts(DataConfig(train=str(prompt_file(tmp_path))), tmp_path)
     assert [prompt.prompt_id for prompt in prompts] == ["h", "ok"]
     assert [row.row_id for row in bad] == ["cut"]
     assert "cut.png' cannot be decoded" in bad[0].reason
@@ -41,10 +52,10 @@ def test_a_share_of_the_harmful_prompts_is_asked_through_drawn_words(tmp_path: P
         for i in range(100)
     ]
     file = str(write_prompts(openings, tmp_path / "prompts.jsonl"))
-    plain, _ = training_prompts(DataConfig(train=file), tmp_path, seed=0)
+    plain, _ = training_prompts(DataConfig(train=file), tmp_path)
     config = DataConfig(train=file, typographic_fraction=0.3, picture_size=64)
-    mixed, _ = training_prompts(config, tmp_path, seed=0)
-    assert mixed == training_prompts(config, tmp_path, seed=0)[0]
+    mixed, _ = training_prompts(config, tmp_path)
+    assert mixed == training_prompts(config, tmp_path)[0]
     assert [p.prompt_id for p in mixed] == [p.prompt_id for p in plain]
     drawn = [p for p in mixed if p.image]
     assert {p.kind for p in drawn} == {PromptKind.HARM}

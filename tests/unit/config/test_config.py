@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +159,17 @@ def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
     read = load_config(write(tmp_path, config.to_yaml()))
     assert read == config
     assert read.digest == config.digest
+
+
+def test_a_later_key_that_is_not_set_leaves_digests_as_they_were() -> None:
+    plain, named = RunConfig(), load_config(None, ["extract.calibration=benign.jsonl"])
+    before = plain.model_dump(mode="json", include={"extract"})
+    assert before["extract"].pop("calibration") is None
+    del before["extract"]["labels"]  # where a process runs changes no result
+    text = json.dumps([before, ""], sort_keys=True)
+    assert plain.digest_of("extract") == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert plain.digest_of("extract") != named.digest_of("extract")
+    assert plain.digest != named.digest
 
 
 def test_digest_follows_what_changes_results() -> None:

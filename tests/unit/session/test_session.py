@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from jobs.command import workload
+from jobs.doctor import question_of
 from spo.config import RunConfig, load_config
 from spo.errors import StageError
-from spo.session.doctor import Finding, State, examine, question_of, worst
+from spo.session.doctor import Finding, State, examine, worst
 from spo.session.nodes import Answers, NodeFacts, Question, ask_here, check_nodes, marker_in
 from spo.session.placement import Role, Room, bundles_of, check_room, phases_of, place
 
@@ -38,17 +41,21 @@ def said(*facts: NodeFacts, late: tuple[str, ...] = (), **failed: str) -> Answer
     return Answers(facts=facts, failed=failed, late=late)
 
 
+def examined(config: RunConfig, answers: Answers, rooms: Sequence[Room]) -> list[Finding]:
+    return examine(workload(config), question_of(config, ""), WELL, answers, rooms)
+
+
 def problems(
     config: RunConfig, *facts: NodeFacts, rooms: tuple[Room, ...] = (ROOM,)
 ) -> list[Finding]:
-    found = examine(config, WELL, said(*facts), rooms)
+    found = examined(config, said(*facts), rooms)
     return [finding for finding in found if finding.state is State.PROBLEM]
 
 
 def test_a_well_cluster_has_no_problem() -> None:
     config = load_config(None, ON_GPU)
     assert problems(config, WELL, change(node="gpu-2")) == []
-    assert worst(examine(config, WELL, said(WELL), [ROOM])) is State.GOOD
+    assert worst(examined(config, said(WELL), [ROOM])) is State.GOOD
 
 
 @pytest.mark.parametrize(
@@ -83,7 +90,9 @@ def test_a_planted_fault_is_found_alone_and_has_a_mend(
 
 def test_a_silent_node_and_missing_room_are_problems() -> None:
     config = load_config(None, ["engine.num_gpus=2"])
-    found = examine(config, WELL, said(WELL, late=("gpu-9",)), [ROOM])
+    found = examine(
+        workload(config), question_of(config, ""), WELL, said(WELL, late=("gpu-9",)), [ROOM]
+    )
     bad = {finding.check: finding for finding in found if finding.state is State.PROBLEM}
     assert bad.keys() == {"nodes", "room"}
     assert "gpu-9: no answer in time" in bad["nodes"].found
@@ -91,7 +100,7 @@ def test_a_silent_node_and_missing_room_are_problems() -> None:
 
 
 def test_a_card_that_nobody_uses_is_worth_a_look() -> None:
-    found = examine(RunConfig(), WELL, said(WELL), [ROOM])
+    found = examined(RunConfig(), said(WELL), [ROOM])
     (finding,) = [finding for finding in found if finding.state is State.WARNING]
     assert finding.mend == "set engine.num_gpus=1 extract.num_gpus=1 learn.use_gpu=true"
 
@@ -104,12 +113,13 @@ def test_what_the_nodes_are_asked_for() -> None:
             "data.train=/data/train.jsonl",
             "reward.toxicity_model=original",
             "evaluate.judge=./judge",
+            "extract.calibration=benign.jsonl",
             "output_dir=s3://bucket/runs",
         ],
     )
     question = question_of(config, "/cache/.probe")
     assert question.hub_models == ("org/model",)
-    assert question.paths == ("./judge", "/data/train.jsonl")
+    assert question.paths == ("./judge", "/data/train.jsonl", "benign.jsonl")
     assert question.storage == "s3://bucket/runs/testbed"
     local = question_of(load_config(None, ["model.id=/models/llava"]), "")
     assert local.hub_models == ()
@@ -195,24 +205,24 @@ def test_the_refusal_holds_the_plan_the_nodes_and_what_is_missing() -> None:
     config = load_config(None, ["engine.replicas=3", "extract.workers=9"])
     rooms = [Room(node="small", cpus=2, gpus=0)]
     with pytest.raises(StageError) as caught:
-        check_room(phases_of(config, ("train",)), rooms)
+        check_room(phases_of(workload(config), ("train",)), rooms)
     text = str(caught.value)
     assert "needs   3 x engine (1 CPU, 0 GPU)" in text
     assert "node    small (2 CPU, 0 GPU)" in text
     assert "plan    2 x engine on small" in text
     assert "missing no room for 1 of 3 x engine" in text
     with pytest.raises(StageError, match="no room for extract"):
-        check_room(phases_of(config, ("extract",)), rooms)
+        check_room(phases_of(workload(config), ("extract",)), rooms)
     with pytest.raises(StageError, match="no living node"):
-        check_room(phases_of(config, ("train",)), [])
+        check_room(phases_of(workload(config), ("train",)), [])
 
 
 def test_the_autoscaler_is_asked_for_every_process() -> None:
     config = load_config(
         None, ["engine.replicas=2", "engine.num_gpus=1", "engine.labels={role: r}"]
     )
-    resources, labels = bundles_of(phases_of(config, ("evaluate",)))
+    resources, labels = bundles_of(phases_of(workload(config), ("evaluate",)))
     assert resources == [{"CPU": 1, "GPU": 1.0}, {"CPU": 1, "GPU": 1.0}, {"CPU": 1}]
     assert labels == [{"role": "r"}, {"role": "r"}, {}]
-    together, _ = bundles_of(phases_of(config, ("train", "evaluate")))
+    together, _ = bundles_of(phases_of(workload(config), ("train", "evaluate")))
     assert {"CPU": 0.5} in together

@@ -17,6 +17,7 @@ from spo.config import (
     AdversarialSource,
     AttributionSource,
     ContinuationSource,
+    DataConfig,
     DatasetConfig,
     ExtractConfig,
     FileSource,
@@ -25,12 +26,15 @@ from spo.config import (
     TypographicSource,
     load_config,
 )
+from spo.datasets.prompts import write_prompts
 from spo.engines.base import LogprobRequest
 from spo.engines.hf.engine import HfEngine
 from spo.errors import ConfigError, DataError
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, QuarantinedRow, Side
+from spo.resolve import open_corpus
 from spo.stage1.activations import CALIBRATION, ContrastRow
-from spo.stage1.sources import contrast_rows, source_weights
+from spo.stage1.sources import SourceContext, check_sources, contrast_rows, source_weights
+from spo.testbed.data import calibration_prompts
 
 
 def build(tmp_path: Path, *sources: Any) -> tuple[list[ContrastRow], list[QuarantinedRow]]:
@@ -38,7 +42,21 @@ def build(tmp_path: Path, *sources: Any) -> tuple[list[ContrastRow], list[Quaran
         cache_dir=tmp_path / "cache",
         extract=ExtractConfig(sources=sources, calibration_rows=4),
     )
-    return contrast_rows(config, model="m", revision="r", progress=lambda *_: None)
+    return rows_of(config)
+
+
+def rows_of(config: RunConfig) -> tuple[list[ContrastRow], list[QuarantinedRow]]:
+    return contrast_rows(
+        SourceContext(
+            corpus=open_corpus(config.corpus),
+            extract=config.extract,
+            model="m",
+            revision="r",
+            cache=config.cache,
+            seed=config.seed,
+            progress=lambda *_: None,
+        )
+    )
 
 
 def lines(path: Path, *texts: str) -> DatasetConfig:
@@ -64,14 +82,14 @@ def test_embedded_and_own_sources(tmp_path: Path) -> None:
         "instruction": 4,
         "typographic": 4,
         "mine": 2,
-        CALIBRATION: 4,
+        CALIBRATION: 1,
     }
     assert [row.row_id for row in bad] == ["mine.jsonl:3"]
     pictures = [row for row in rows if row.source == "typographic"]
     assert all(r.prompt.image and r.positions is Positions.LAST_PROMPT for r in pictures)
     assert {row.side for row in pictures} == set(Side)
     assert {r.positions for r in rows if r.source == "instruction"} == {Positions.PROMPT}
-    weights = source_weights(RunConfig(extract=ExtractConfig(sources=sources)))
+    weights = source_weights(ExtractConfig(sources=sources))
     assert weights == {"continuation": 1, "instruction": 1, "typographic": 0.5, "mine": 1}
 
 
@@ -92,6 +110,84 @@ def test_public_data_sets_as_sides(tmp_path: Path) -> None:
     sizes = {Image.open(prompt.image).size for prompt in drawn if prompt.image}
     assert sizes == {(64, 64)}
     assert len({row.prompt.prompt_id for row in rows}) == len(rows)
+
+
+def calibration(config: RunConfig) -> list[str]:
+    return [row.prompt.text for row in rows_of(config)[0] if row.source == CALIBRATION]
+
+
+def prompt_file(path: Path, *, harm: int, benign: int) -> Path:
+    count = {PromptKind.HARM: harm, PromptKind.BENIGN: benign}
+    made = [
+        Prompt(prompt_id=f"{path.stem}-{kind}-{i}", text=f"{path.stem} {kind} {i}", kind=kind)
+        for kind, number in count.items()
+        for i in range(number)
+    ]
+    return write_prompts(made, path)
+
+
+def test_a_model_is_calibrated_on_the_users_own_benign_prompts(tmp_path: Path) -> None:
+    train = prompt_file(tmp_path / "train.jsonl", harm=3, benign=5)
+    named = prompt_file(tmp_path / "named.jsonl", harm=2, benign=2)
+    contrast = tmp_path / "contrast.jsonl"
+    contrast.write_text(
+        '{"id": "a", "text": "bad", "side": "harm"}\n{"id": "b", "text": "good", "side": "safe"}\n'
+        '{"id": "c", "text": "kind", "side": "safe"}\n'
+    )
+    harm = lines(tmp_path / "harm.txt", "do harm", "do worse")
+    safe = lines(tmp_path / "safe.txt", "bake bread", "plant a tree")
+    own = (FileSource(path=contrast), InstructionSource(harm=harm, safe=safe))
+
+    def run(train: str = "testbed", **extract: Any) -> RunConfig:
+        return RunConfig(
+            cache_dir=tmp_path / "cache",
+            data=DataConfig(train=train),
+            extract=ExtractConfig(calibration_rows=3, **extract),
+        )
+
+    given = run(str(train), sources=own, calibration=named)
+    assert calibration(given) == ["named benign 0", "named benign 1"]
+    # Contrasts in turn, so that no one stands for all.
+    assert calibration(run(str(train), sources=own)) == ["good", "bake bread", "kind"]
+    assert calibration(run(sources=own)) == ["good", "bake bread", "kind"]
+    embedded = (ContinuationSource(rows=2),)
+    assert calibration(run(str(train), sources=embedded)) == [
+        "train benign 0",
+        "train benign 1",
+        "train benign 2",
+    ]
+    testbed = run(sources=embedded)
+    assert calibration(testbed) == [
+        prompt.text for prompt in calibration_prompts(testbed.cache, count=3, seed=0)
+    ]
+    with named.open("a") as file:
+        file.write('{"prompt_id": "x", "kind": "benign"}\n')
+    rows, bad = rows_of(given)
+    assert [row.row_id for row in bad] == ["named.jsonl:5"]
+    found = [row for row in rows if row.source == CALIBRATION]
+    assert {row.prompt.kind for row in found} == {PromptKind.BENIGN}
+    assert {row.positions for row in found} == {Positions.GENERATED}
+    assert len({row.prompt.prompt_id for row in rows}) == len(rows)
+
+
+def test_nothing_to_contrast_or_to_calibrate_on_is_found_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    harmful = prompt_file(tmp_path / "harmful.jsonl", harm=4, benign=0)
+
+    def check(*overrides: str) -> None:
+        config = load_config(None, [f"cache_dir={tmp_path}", *overrides])
+        check_sources(open_corpus(config.corpus), config.extract)
+
+    check()
+    with pytest.raises(DataError, match=r"harmful.jsonl has no usable prompt of kind 'benign'"):
+        check(f"extract.calibration={harmful}")
+    with pytest.raises(DataError, match=r"data.train=.*set extract.calibration to a JSONL"):
+        check(f"data.train={harmful}")
+    with pytest.raises(DataError, match="cannot read"):
+        check(f"extract.calibration={tmp_path}/none.jsonl")
+    with pytest.raises(ConfigError, match=r"extract\.sources is empty"):
+        check("extract.sources=[]")
 
 
 def test_names_must_differ_and_sides_come_together(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from spo.actors.picture_tasks import AttackJob, attack_picture, pictures_of
+from spo.actors.picture_tasks import AttackJob, Workshop, attack_picture, pictures_of
 from spo.artifact import SteeringArtifact
 from spo.config import DataConfig, LearnConfig, PgdConfig, RunConfig
 from spo.errors import ConfigError
 from spo.progress import Silent
 from spo.records import Operator, Positions, Prompt, PromptKind
-from spo.resolve import ResolvedModel
+from spo.resolve import ResolvedModel, open_corpus
 from spo.stage2.attacked_prompts import with_attacked
 from spo.sweep.settings import load_sweep
 from spo.vector import SteeringVector
@@ -68,6 +68,17 @@ def artifact() -> SteeringArtifact:
     )
 
 
+def in_the_loop(config: RunConfig) -> list[Prompt]:
+    return with_attacked(
+        PROMPTS,
+        config.data,
+        corpus=open_corpus(config.corpus),
+        start=artifact(),
+        workshop=Workshop(model=MODEL, learn=config.learn, run_dir=config.run_dir, seed=0),
+        reporter=Silent(),
+    )
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -76,13 +87,13 @@ def artifact() -> SteeringArtifact:
     ],
 )
 def test_without_an_attack_the_prompts_stay_as_they_are(data: DataConfig) -> None:
-    assert with_attacked(PROMPTS, RunConfig(data=data), artifact(), MODEL, Silent()) == PROMPTS
+    assert in_the_loop(RunConfig(data=data)) == PROMPTS
 
 
 def test_an_attack_needs_pictures_and_targets_of_its_own() -> None:
     config = RunConfig(data=DataConfig(train="own.jsonl", attacks=(PgdConfig(),)))
     with pytest.raises(ConfigError, match=r"got 0 pictures and None"):
-        with_attacked(PROMPTS, config, artifact(), MODEL, Silent())
+        in_the_loop(config)
 
 
 def test_only_picture_attacks_go_into_the_loop() -> None:
