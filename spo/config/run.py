@@ -149,7 +149,8 @@ class RunConfig(Slice):
         judges = self.evaluate.success_judges
         llms = [judge for judge in judges if isinstance(judge, LlmJudgeConfig)]
         measures = {(judge.url.rstrip("/"), judge.model) for judge in llms}
-        if self.evaluate.judge != "testbed":  # which stands for another model in each place
+        embedded = EvaluateConfig.model_fields["judge"].default
+        if self.evaluate.judge != embedded:  # which names another model than in a reward
             measures.add(("", self.evaluate.judge))
         for part in self.reward.parts or ():
             named = getattr(part, "url", "").rstrip("/"), getattr(part, "model", None)
