@@ -352,18 +352,7 @@ def refine(
 ) -> SteeringVector:
     """Stage II on one engine: sample a batch with the current vector, score it, learn from it."""
     static = objective == "bipo"
-    config = LearnConfig(
-        objective=objective,
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        warmup_steps=3,
-        schedule="linear",
-        kl_weight=settings.kl_weight,
-        kl_weight_harm=0.0,
-        max_kl=50.0,
-        micro_batch=settings.prompts * settings.group,
-        use_gpu=engine.device.type == "cuda",
-    )
+    config = _learn_config(objective, settings, use_gpu=engine.device.type == "cuda")
     learner = VectorLearner(engine, start, steering=steering, config=config)
     rng, began, totals = Random(seed), time.monotonic(), {}
     shares = {
@@ -404,6 +393,21 @@ def refine(
             yield step
 
     return train(learner, next_batch, steps=steps(), after_step=after_step)
+
+
+def _learn_config(objective: str, settings: Training, *, use_gpu: bool) -> LearnConfig:
+    return LearnConfig(
+        objective=objective,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        warmup_steps=3,
+        schedule="linear",
+        kl_weight=settings.kl_weight,
+        kl_weight_harm=0.0,
+        max_kl=50.0,
+        micro_batch=settings.prompts * settings.group,
+        use_gpu=use_gpu,
+    )
 
 
 def _answered(
