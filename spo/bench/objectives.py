@@ -23,6 +23,7 @@ from spo.config import RunConfig
 from spo.engines.factory import open_learner_engine
 from spo.engines.forward import DifferentiableEngine
 from spo.evaluation import evaluate
+from spo.evaluation.defences import UNDEFENDED, Defence
 from spo.pipeline import prepare
 from spo.progress import Reporter, Silent
 from spo.records import Batch
@@ -171,14 +172,14 @@ def _measure(
     vector: SteeringVector | None,
     name: str,
 ) -> dict[str, float]:
-    spec = None
+    defence = UNDEFENDED
     if vector is not None:
         pools.rollouts.publish(name, vector, 0)
-        spec = start.spec(name)
+        defence = Defence(name="steered", spec=start.spec(name), sha256=vector.sha256)
     inputs = evaluation_inputs(config)
     report = evaluate(
         pools.rollouts,
-        {"none" if spec is None else "steered": spec},
+        [defence],
         [part for part in inputs.sets if part.condition in _CONDITIONS],
         judge=open_judge(config.evaluate),
         alignment=None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,4 +187,51 @@ def receipt_for(spec: SteeringSpec, vector: SteeringVector) -> SteeringReceipt:
         operator=spec.operator,
         positions=spec.positions,
         layers=vector.layers,
+    )
+
+
+def confirm(
+    receipt: SteeringReceipt | None, spec: SteeringSpec | None, sha256: str, *, answer: str
+) -> None:
+    """Raise unless an answer was steered exactly as asked: the one check of a receipt.
+
+    Args:
+        receipt: what the engine says it applied.
+        spec: what was asked for; None asks for the unsteered model.
+        sha256: content that the vector must have; "" for the unsteered model.
+        answer: id of the answer, for the message.
+
+    Raises:
+        SteeringError: the two differ in anything, or no content to expect was given.
+    """
+    if spec is None and receipt is None and not sha256:
+        return
+    wanted = None if spec is None else _facts(spec, sha256)
+    applied = None if receipt is None else _facts(receipt, receipt.sha256)
+    same = wanted is not None and applied is not None and _same(wanted, applied)
+    if not sha256 or not same:
+        raise SteeringError(
+            f"answer {answer!r}: asked for {_words(wanted, sha256)}, the engine confirms "
+            f"{_words(applied, '')}; the answer is not used. Publish the vector and ask again"
+        )
+
+
+def _facts(steering: SteeringSpec | SteeringReceipt, sha256: str) -> dict[str, Any]:
+    """What a spec and a receipt have in common, with the vector's content."""
+    names = ("vector", "version", "coefficient", "operator", "positions")
+    return {"sha256": sha256, **{name: getattr(steering, name) for name in names}}
+
+
+def _same(wanted: dict[str, Any], applied: dict[str, Any]) -> bool:
+    """Value by value: comparing the whole would let a NaN pass for itself."""
+    return all(value == applied[name] for name, value in wanted.items())
+
+
+def _words(facts: dict[str, Any] | None, sha256: str) -> str:
+    if facts is None:
+        return "no steering" + (f" with content {sha256[:12]}" if sha256 else "")
+    content = str(facts["sha256"])[:12] or "unknown"
+    return (
+        f"vector {facts['vector']!r} version {facts['version']} with content {content}, "
+        f"coefficient {facts['coefficient']}, {facts['operator']} on {facts['positions']}"
     )

@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 from spo.artifact import SteeringArtifact
+from spo.engines.base import confirm
 from spo.engines.chat import ChatAnswer, ChatDelta, ChatEngine, ChatRequest
 from spo.errors import SteeringError
 from spo.serving.registry import Version
@@ -49,14 +50,14 @@ class EngineHost:
         await self._ensure_for(request)
         async for event in self.engine.stream(request):
             if isinstance(event, ChatAnswer):
-                check_receipt(request, event)
+                confirm(event.receipt, request.steering, request.sha256, answer=request.request_id)
             yield event
 
     async def complete(self, request: ChatRequest) -> ChatAnswer:
         """See `ChatEngine.complete`; the receipt matches the request."""
         await self._ensure_for(request)
         answer = await self.engine.complete(request)
-        check_receipt(request, answer)
+        confirm(answer.receipt, request.steering, request.sha256, answer=request.request_id)
         return answer
 
     async def _ensure_for(self, request: ChatRequest) -> None:
@@ -102,36 +103,3 @@ class EngineHost:
 
     def _ready(self, name: str, number: int) -> bool:
         return (name, number) in self._proven and self.engine.holds(name, number)
-
-
-def check_receipt(request: ChatRequest, answer: ChatAnswer) -> None:
-    """Raise SteeringError unless an answer was steered exactly as asked."""
-    spec, receipt = request.steering, answer.receipt
-    if spec is None and receipt is None:
-        return
-    if spec is None or receipt is None:
-        raise SteeringError(
-            f"request {request.request_id!r} asked for steering {spec} and the engine reports "
-            f"{receipt}; the answer was dropped"
-        )
-    wanted = (
-        spec.vector,
-        spec.version,
-        request.sha256,
-        spec.coefficient,
-        spec.operator,
-        spec.positions,
-    )
-    got = (
-        receipt.vector,
-        receipt.version,
-        receipt.sha256,
-        receipt.coefficient,
-        receipt.operator,
-        receipt.positions,
-    )
-    if wanted != got:
-        raise SteeringError(
-            f"request {request.request_id!r} wanted {wanted} and the engine reports {got}; the "
-            "answer was dropped"
-        )

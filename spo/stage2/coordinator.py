@@ -20,12 +20,12 @@ from typing import Any, Protocol, TypeVar
 
 from spo.algorithms.rewards import reward_of
 from spo.config import RewardConfig, RolloutConfig, SteeringConfig
-from spo.engines.base import LogprobRequest, Sampler
+from spo.engines.base import LogprobRequest, Sampler, confirm
 from spo.errors import DataError, StageError
 from spo.records import Batch, PromptKind, RewardStatus, Rollout, ScoredRollout, SteeringSpec
 from spo.stage2.history import IdleClock, Recorder
 from spo.stage2.ledger import Fate, Ledger
-from spo.stage2.schedule import Schedule, Slot, receipt_sha, within
+from spo.stage2.schedule import Schedule, Slot, within
 from spo.vector import SteeringVector
 
 VECTOR_NAME = "spo"
@@ -273,7 +273,8 @@ class Coordinator:
             self._dropped[slot.step]["prompt cannot be used"] += len(ids)
             return None, True
         sampled = time.monotonic()
-        self._check_receipts(rollouts, policy)
+        for rollout in rollouts:
+            confirm(rollout.receipt, policy.spec, policy.sha256, answer=rollout.request_id)
         scores = await self._in_thread(self._scorer.score, rollouts)
         spent = self._seconds[slot.step]
         spent["rollout"] += (sampled - begin) / self.schedule.places
@@ -364,7 +365,11 @@ class Coordinator:
         items = [item.rollout for group in groups for item in group.items[:1]][:count]
         if not items or policy is None or policy.step != step or self._config.static:
             return {}
-        fresh = {r.request_id: r.logprob for r in items if receipt_sha(r) == policy.sha256}
+        fresh = {
+            r.request_id: r.logprob
+            for r in items
+            if r.receipt and r.receipt.sha256 == policy.sha256
+        }
         if len(fresh) == len(items):
             return fresh
         requests = [
@@ -378,14 +383,6 @@ class Coordinator:
         ]
         values = await self._in_thread(self._rollouts.logprobs, requests)
         return {r.request_id: sum(v) for r, v in zip(items, values, strict=True)}
-
-    def _check_receipts(self, rollouts: Sequence[Rollout], policy: _Policy) -> None:
-        for item in rollouts:
-            if receipt_sha(item) != policy.sha256:
-                raise StageError(
-                    f"rollout {item.request_id!r} has no receipt for vector {policy.sha256[:12]}: "
-                    "the engine did not steer it. Nothing was learned from it"
-                )
 
     async def _in_thread(self, call: Callable[..., _Result], *arguments: Any) -> _Result:
         loop = asyncio.get_running_loop()

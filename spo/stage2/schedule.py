@@ -16,7 +16,7 @@ import numpy as np
 
 from spo.config import RolloutConfig
 from spo.errors import DataError, StageError
-from spo.records import GenerateRequest, Prompt, PromptKind, Rollout, Sampling, SteeringSpec
+from spo.records import GenerateRequest, Prompt, PromptKind, Sampling, SteeringSpec
 
 _Item = TypeVar("_Item")
 
@@ -137,8 +137,3 @@ class Schedule:
             ),
             steering=spec,
         )
-
-
-def receipt_sha(rollout: Rollout) -> str:
-    """Hash of the vector that the engine says it steered with; "" without a receipt."""
-    return rollout.receipt.sha256 if rollout.receipt else ""

@@ -27,8 +27,8 @@ from typing import Protocol
 from spo.algorithms.estimators import is_held_out
 from spo.algorithms.metrics import bootstrap_interval
 from spo.algorithms.rewards import degeneration, is_refusal
-from spo.engines.base import LogprobRequest, Sampler
-from spo.errors import ConfigError, DataError, ScorerError, SteeringError
+from spo.engines.base import LogprobRequest, Sampler, confirm
+from spo.errors import ConfigError, DataError, ScorerError
 from spo.files import write_atomic
 from spo.records import (
     GenerateRequest,
@@ -146,7 +146,10 @@ class Validator:
         if self._path.is_file():
             return load_measured(json.loads(self._path.read_text())["measured"])
         requests = self._requests(self._split.benign, None, max_tokens=self._config.benign_tokens)
-        rollouts = [r for r in self._sampler.generate(requests) if r.token_ids]
+        rollouts = self._sampler.generate(requests)
+        for rollout in rollouts:
+            confirm(rollout.receipt, None, "", answer=rollout.request_id)
+        rollouts = [rollout for rollout in rollouts if rollout.token_ids]
         logprobs = self._logprobs(
             [(r.prompt, r.token_ids) for r in rollouts], None, label="unsteered"
         )
@@ -181,7 +184,7 @@ class Validator:
         )
         rollouts = self._sampler.generate(requests)
         for rollout in rollouts:
-            _check_receipt(rollout, spec, sha256)
+            confirm(rollout.receipt, spec, sha256, answer=rollout.request_id)
         scores = self._scorer.score(rollouts)
         values: dict[Metric, dict[str, list[float | None]]] = {name: {} for name in BEST_IS}
         harm: list[Rollout] = []
@@ -305,24 +308,6 @@ def load_measured(content: Mapping[str, object]) -> Measured:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"expected the figures of a trial, got {error!r}") from error
-
-
-def _check_receipt(rollout: Rollout, spec: SteeringSpec | None, sha256: str) -> None:
-    receipt = rollout.receipt
-    if spec is None and receipt is None:
-        return
-    if (
-        spec is None
-        or receipt is None
-        or receipt.sha256 != sha256
-        or receipt.coefficient != spec.coefficient
-        or receipt.operator is not spec.operator
-        or receipt.positions is not spec.positions
-    ):
-        raise SteeringError(
-            f"{rollout.request_id}: asked for {spec} with vector {sha256[:12]}, the engine "
-            f"confirms {receipt}; the trial is not used"
-        )
 
 
 def _finite(value: float | None, what: str, rollout: Rollout) -> float:

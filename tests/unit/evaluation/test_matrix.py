@@ -20,6 +20,7 @@ from spo.evaluation import (
     format_comparison,
     shown_conditions,
 )
+from spo.evaluation.defences import UNDEFENDED, Defence
 from spo.records import (
     EvaluationCell,
     EvaluationReport,
@@ -29,7 +30,7 @@ from spo.records import (
     PromptSet,
     Rollout,
 )
-from tests.unit.evaluation.test_evaluation import SPEC, VECTOR, WordJudge
+from tests.unit.evaluation.test_evaluation import SPEC, VECTOR, WordJudge, columns
 
 
 class Engine:
@@ -81,7 +82,7 @@ def _prompt(prompt_id: str, kind: PromptKind = PromptKind.HARM, **fields: Any) -
 def _run(engine: Engine, sets: Sequence[PromptSet], **options: Any) -> EvaluationReport:
     return evaluate(
         engine,  # type: ignore[arg-type]
-        options.pop("defences", {"none": None, "spo": SPEC}),
+        options.pop("defences", columns("none", "spo")),
         sets,
         judge=WordJudge(),
         alignment=None,
@@ -134,7 +135,7 @@ def test_success_kl_perplexity_and_worst_answers_by_hand() -> None:
 def test_finished_cells_are_not_asked_again_and_other_inputs_are(tmp_path: Path) -> None:
     answers = {(p, s): ["0.5 yes"] for p in "ab" for s in (False, True)}
     sets = [PromptSet(condition="harm", prompts=(_prompt("a"),))]
-    store = CellStore(folder=tmp_path, identity="model", vectors={"spo": "v1"})
+    store = CellStore(folder=tmp_path, identity="model")
     first = Engine(answers)
     done = _run(first, sets, store=store)
     again = Engine(answers)
@@ -145,8 +146,14 @@ def test_finished_cells_are_not_asked_again_and_other_inputs_are(tmp_path: Path)
     _run(again, sets, store=store)
     assert len(again.asked) == 1
     other = Engine(answers)
-    _run(other, sets, store=replace(store, vectors={"spo": "v2"}))
+    stronger = columns("none", "spo", spec=replace(SPEC, coefficient=0.75))
+    _run(other, sets, store=store, defences=stronger)
     assert [r.steering is not None for r in other.asked] == [True]
+    steered = next(path for path in tmp_path.iterdir() if path.name.startswith("harm--spo"))
+    steered.write_text(steered.read_text().replace(VECTOR.sha256, "0" * 64))
+    _run(again, sets, store=store)
+    _run(again, sets, store=store, defences=stronger)
+    assert len(again.asked) == 2, "a kept cell of another vector is made again"
     more = Engine(answers)
     _run(more, [replace(sets[0], prompts=(_prompt("a"), _prompt("b")))], store=store)
     assert len(more.asked) == 4
@@ -161,7 +168,7 @@ def test_a_defence_with_prompts_of_its_own_is_judged_on_what_was_asked() -> None
         by_defence={"reminder": (replace(plain, text="be nice\nask a"),)},
     )
     engine = Engine({("a", False): ["0.1 yes"]})
-    defences = {"none": None, "reminder": None}
+    defences = [UNDEFENDED, Defence(name="reminder")]
     report = _run(engine, [prompts], defences=defences, success=[judge])
     assert [request.prompt.text for request in engine.asked] == ["ask a", "be nice\nask a"]
     assert judge.saw == ["ask a"]
