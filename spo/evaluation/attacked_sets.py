@@ -18,10 +18,9 @@ from spo.attacks.typographic import typographic_prompts
 from spo.config import AttackConfig, RunConfig
 from spo.corpus.base import PICTURE_SIZE, EvaluationInputs
 from spo.evaluation.defences import UNDEFENDED, Defence
-from spo.evaluation.results import with_picture
 from spo.files import write_atomic
 from spo.progress import Reporter
-from spo.records import Prompt, PromptSet
+from spo.records import Attacked, Prompt, PromptSet
 from spo.resolve import ResolvedModel
 
 _Curves = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
@@ -43,7 +42,11 @@ def attacked_sets(
         if attack.kind == "template":
             base = sets["plain"]
             prompts = tuple(template_prompts(base.prompts))
-            made.append(replace(base, condition=attack.name, prompts=prompts))
+            made.append(
+                replace(
+                    base, condition=attack.name, prompts=prompts, attack=_attacked(base, attack)
+                )
+            )
         elif attack.kind == "typographic":
             base = sets["plain"]
             drawn = typographic_prompts(
@@ -51,12 +54,34 @@ def attacked_sets(
                 lambda words: draw_text(words, inputs.picture_size or PICTURE_SIZE),
                 config.run_dir / "attack" / "typographic",
             )
-            made.append(replace(base, condition=attack.name, prompts=tuple(drawn)))
+            made.append(
+                replace(
+                    base,
+                    condition=attack.name,
+                    prompts=tuple(drawn),
+                    attack=_attacked(base, attack),
+                )
+            )
         elif inputs.attacked is not None:
             made.append(_with_pictures(sets[inputs.attacked], attack, defences, pictures))
             if attack.target == "corpus":
                 made += _curve_sets(config, sets[inputs.attacked], attack, pictures)
     return made
+
+
+def _attacked(base: PromptSet, attack: AttackConfig, step: int | None = None) -> Attacked:
+    return Attacked(
+        attack=attack.name,
+        kind=attack.kind,
+        base=base.condition,
+        blind=_blind(attack).name if attack.adaptive else "",
+        step=step,
+    )
+
+
+def _blind(attack: AttackConfig) -> AttackConfig:
+    """The same attack, made on the unsteered model."""
+    return attack.model_copy(update={"adaptive": False})
 
 
 def _with_pictures(
@@ -69,20 +94,32 @@ def _with_pictures(
         return tuple(
             replace(
                 prompt,
-                prompt_id=with_picture(prompt.prompt_id, number),
+                prompt_id=_with_picture(prompt.prompt_id, number),
                 image=curve.get("pictures", {}).get(prompt.prompt_id, curve["attacked"]),
             )
             for number, curve in enumerate(pictures[attack.name, defence])
             for prompt in base.prompts
         )
 
+    several = range(1, len(pictures[attack.name, UNDEFENDED.name]))
     adaptive = {d.name: shown(d.name) for d in defences if (attack.name, d.name) in pictures}
     return replace(
         base,
         condition=f"{base.condition} {attack.name}",
         prompts=shown(UNDEFENDED.name),
         by_defence={name: part for name, part in adaptive.items() if name != UNDEFENDED.name},
+        attack=_attacked(base, attack),
+        pictures_of={
+            _with_picture(prompt.prompt_id, number): prompt.prompt_id
+            for number in several
+            for prompt in base.prompts
+        },
     )
+
+
+def _with_picture(prompt_id: str, number: int) -> str:
+    """Id of a prompt that is shown picture `number`, from 0, of an attack."""
+    return f"{prompt_id}@{number}" if number else prompt_id
 
 
 def _curve_sets(
@@ -100,6 +137,7 @@ def _curve_sets(
             condition=f"curve {attack.name} {defence} {look['step']}",
             prompts=tuple(replace(prompt, image=look["image"]) for prompt in few),
             only=defence,
+            attack=_attacked(base, attack, look["step"]),
         )
         for (name, defence), (curve, *_) in pictures.items()
         if name == attack.name == curve["attack"] and few
@@ -146,7 +184,7 @@ def _job(
     number: int,
 ) -> AttackJob:
     if defence is UNDEFENDED:  # without a defence the adaptive attack is the blind one
-        attack = attack.model_copy(update={"adaptive": False})
+        attack = _blind(attack)
     each = attack.target == "prompt"
     attacked = next(part for part in inputs.sets if part.condition == inputs.attacked)
     prompts = attacked.prompts if each else inputs.attack_prompts
@@ -155,6 +193,8 @@ def _job(
         targets = tuple(targets[i % len(targets)] for i in range(len(prompts)))
     return AttackJob(
         name=f"{attack.name}--{defence.name}{f'@{number}' if number else ''}",
+        attack=attack.name,
+        defence=defence.name,
         model=attack.made_on or model.path,
         revision=None if attack.made_on else model.revision,
         picture=inputs.attack_starts[number % len(inputs.attack_starts)],

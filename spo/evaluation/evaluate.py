@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from spo.algorithms.metrics import bootstrap_interval, paired_interval
 from spo.config import EvaluateConfig
@@ -82,7 +83,7 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
     sizes = [len(part.prompts) * part.samples for _, part in planned]
     for number, (defence, part) in enumerate(planned):
         cell = _cell(engine, part, defence, instruments, seed=seed, store=store)
-        answers += cell.answers
+        answers += _with_pictures(cell.answers, part)
         kept_out.reasons.update(cell.reasons)
         costs[part.condition, defence.name] = cell.cost
         if progress:
@@ -92,6 +93,7 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
         cells=_cells(answers, costs, config.bootstrap, seed),
         answers=tuple(answers),
         judge="; ".join([judge.name, *(f"success: {other.name}" for other in success)]),
+        attacks={part.condition: part.attack for part in prompt_sets if part.attack},
         quarantined=kept_out.rows(),
     )
 
@@ -131,6 +133,12 @@ def _cell(
     if store and path:
         store.save(path, cell)
     return cell
+
+
+def _with_pictures(answers: Sequence[EvaluatedAnswer], part: PromptSet) -> list[EvaluatedAnswer]:
+    """Which answers are to one prompt: kept here, so that cells of older runs get it as well."""
+    shared = part.pictures_of
+    return [replace(answer, picture_of=shared.get(answer.prompt_id, "")) for answer in answers]
 
 
 def _planned(

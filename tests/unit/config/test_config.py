@@ -10,7 +10,7 @@ import pydantic
 import pytest
 
 from spo.config import RunConfig, load_config
-from spo.config.evaluation import DEFENCES, AttackConfig
+from spo.config.evaluation import DEFENCES, AttackConfig, DefenceConfig
 from spo.errors import ConfigError
 from spo.records import Operator
 
@@ -112,6 +112,13 @@ def test_override_without_key_or_value(override: str) -> None:
 def test_override_that_is_not_yaml(override: str) -> None:
     with pytest.raises(ConfigError, match="override"):
         load_config(None, [override])
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../spo", " a", "a ", "spo@1", "a\n", "x" * 65])
+def test_a_defence_is_not_called_what_no_file_can_be(name: str) -> None:
+    with pytest.raises(ValueError, match="a defence's name has letters"):
+        DefenceConfig(name=name, reminder="Be kind.")
+    assert DefenceConfig(name="my vector", reminder="Be kind.").name == "my vector"
 
 
 def test_override_below_a_value() -> None:
