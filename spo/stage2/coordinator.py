@@ -16,14 +16,25 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from spo.algorithms.objectives import is_informative
 from spo.algorithms.rewards import reward_of
-from spo.config import RewardConfig, RolloutConfig, SteeringConfig
+from spo.config import LearnConfig, RewardConfig, RolloutConfig, SteeringConfig
 from spo.engines.base import LogprobRequest, Sampler, confirm
 from spo.errors import DataError, StageError
-from spo.records import Batch, PromptKind, RewardStatus, Rollout, ScoredRollout, SteeringSpec
-from spo.stage2.history import IdleClock, Recorder
+from spo.records import (
+    Batch,
+    Prompt,
+    PromptKind,
+    RewardStatus,
+    Rollout,
+    ScoredRollout,
+    SteeringSpec,
+)
+from spo.stage2.history import IdleClock, Recorder, Sink, open_sinks
 from spo.stage2.ledger import Fate, Ledger
 from spo.stage2.schedule import Schedule, Slot, within
 from spo.vector import SteeringVector
@@ -41,7 +52,7 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class CoordinatorSettings:
     """What a coordinator needs of a run's configuration."""
 
     steering: SteeringConfig
@@ -52,8 +63,56 @@ class Settings:
     """Number of steps of the run; nothing is sampled beyond."""
     informative: Callable[[Sequence[float]], bool]
     """Rewards of answers to one harmful prompt -> whether there is something to learn from."""
+    seed: int = 0
+    """Decides orders of prompts and sampling seeds."""
     name: str = VECTOR_NAME
     """Under which vectors are published; unique among the callers of one set of engines."""
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        steering: SteeringConfig,
+        rollout: RolloutConfig,
+        reward: RewardConfig,
+        learn: LearnConfig,
+        seed: int,
+        name: str,
+    ) -> CoordinatorSettings:
+        """Those of a learner with this configuration."""
+        return cls(
+            steering=steering,
+            rollout=rollout,
+            reward=reward,
+            steps=learn.steps,
+            informative=partial(is_informative, config=learn),
+            seed=seed,
+            name=name,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorFiles:
+    """What a coordinator writes; nothing by default."""
+
+    history: Path | None = None
+    """Figures, one JSON line a step."""
+    ledger: Path | None = None
+    """Fate of every answer, JSON lines."""
+    rollouts: Path | None = None
+    """Folder of Parquet files, one a step."""
+    sinks: Sequence[Sink] = ()
+    """Where figures go besides."""
+
+    @classmethod
+    def named(cls, folder: Path, name: str, loggers: Sequence[str]) -> CoordinatorFiles:
+        """All of them in one folder, told from those of another coordinator by `name`."""
+        return cls(
+            history=folder / f"history-{name}.jsonl",
+            ledger=folder / f"ledger-{name}.jsonl",
+            rollouts=folder / "rollouts" / name,
+            sinks=open_sinks(loggers, folder, name),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +134,7 @@ class _Group:
 
 
 class Coordinator:
-    """Makes one batch of scored rollouts for each step.
+    """Makes one batch of scored rollouts for each step. Made by `make_coordinator`.
 
     Args:
         schedule: prompts by slot.
@@ -91,14 +150,14 @@ class Coordinator:
         schedule: Schedule,
         rollouts: Sampler,
         scorer: Scorer,
-        settings: Settings,
+        settings: CoordinatorSettings,
         *,
-        ledger: Ledger | None = None,
-        recorder: Recorder | None = None,
+        ledger: Ledger,
+        recorder: Recorder,
     ) -> None:
         self.schedule = schedule
-        self.ledger = ledger or Ledger()
-        self.recorder = recorder or Recorder(settings.reward)
+        self.ledger = ledger
+        self.recorder = recorder
         self._rollouts = rollouts
         self._scorer = scorer
         self._steering = settings.steering
@@ -387,3 +446,32 @@ class Coordinator:
     async def _in_thread(self, call: Callable[..., _Result], *arguments: Any) -> _Result:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, call, *arguments)
+
+
+def make_coordinator(
+    prompts: Sequence[Prompt],
+    rollouts: Sampler,
+    scorer: Scorer,
+    settings: CoordinatorSettings,
+    files: CoordinatorFiles | None = None,
+) -> Coordinator:
+    """The one way to a coordinator.
+
+    Args:
+        prompts: training prompts of both kinds.
+        rollouts: engine or pool.
+        scorer: reward models.
+        settings: slices of the configuration.
+        files: what it writes; None keeps nothing.
+    """
+    files = files or CoordinatorFiles()
+    return Coordinator(
+        Schedule(prompts, settings.rollout, settings.seed),
+        rollouts,
+        scorer,
+        settings,
+        ledger=Ledger(files.ledger),
+        recorder=Recorder(
+            settings.reward, history=files.history, rollouts=files.rollouts, sinks=files.sinks
+        ),
+    )

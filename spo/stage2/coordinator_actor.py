@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,15 +11,16 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from spo.actors.engine_pool import EnginePool
 from spo.actors.restarts import await_back
 from spo.actors.reward_pool import RewardPool
-from spo.algorithms.objectives import is_informative
 from spo.config import RunConfig
-from spo.engines.base import Sampler
 from spo.errors import StageError
 from spo.records import Batch, Prompt, QuarantinedRow
-from spo.stage2.coordinator import VECTOR_NAME, Coordinator, Scorer, Settings
-from spo.stage2.history import Recorder, open_sinks
-from spo.stage2.ledger import Ledger
-from spo.stage2.schedule import Schedule
+from spo.stage2.coordinator import (
+    VECTOR_NAME,
+    Coordinator,
+    CoordinatorFiles,
+    CoordinatorSettings,
+    make_coordinator,
+)
 from spo.vector import SteeringVector
 
 _MAX_TRIES = 3
@@ -105,55 +104,30 @@ class CoordinatorLink:
         raise StageError(f"the coordinator was lost {_MAX_TRIES} times in a row; see its log")
 
 
-def make_coordinator(
-    prompts: list[Prompt],
-    config: RunConfig,
-    rollouts: Sampler,
-    scorer: Scorer,
-    history: Path,
-) -> Coordinator:
-    """A coordinator that keeps its files beside `history` (`history-NAME.jsonl`)."""
-    name = history.stem.removeprefix("history-")
-    folder = history.parent
-    return Coordinator(
-        Schedule(prompts, config.rollout, config.seed),
-        rollouts,
-        scorer,
-        Settings(
-            steering=config.steering,
-            rollout=config.rollout,
-            reward=config.reward,
-            steps=config.learn.steps,
-            informative=partial(is_informative, config=config.learn),
-            name=f"{VECTOR_NAME}-{name}",
-        ),
-        ledger=Ledger(folder / f"ledger-{name}.jsonl"),
-        recorder=Recorder(
-            config.reward,
-            history=history,
-            rollouts=folder / "rollouts" / name,
-            sinks=open_sinks(config.learn.loggers, folder, name),
-        ),
-    )
-
-
-def start_coordinator(config: RunConfig, prompts: list[Prompt], prefix: str, history: Path) -> Any:
-    """The coordinator as a named actor, which Ray restarts."""
+def start_coordinator(config: RunConfig, prompts: list[Prompt], prefix: str, name: str) -> Any:
+    """The coordinator as a named actor, which Ray restarts; `name` tells its files and vectors."""
     placed = ray.remote(CoordinatorActor).options(
         name=f"{prefix}-coordinator", num_cpus=0, max_restarts=3
     )
-    arguments = {"prompts": prompts, "config": config, "prefix": prefix, "history": history}
+    arguments = {"prompts": prompts, "config": config, "prefix": prefix, "name": name}
     return placed.remote(_connected_coordinator, arguments)
 
 
 def _connected_coordinator(
-    prompts: list[Prompt], config: RunConfig, prefix: str, history: Path
+    prompts: list[Prompt], config: RunConfig, prefix: str, name: str
 ) -> Coordinator:
     """Built inside the coordinator's own process, which finds the pools by name."""
     return make_coordinator(
         prompts,
-        config,
         EnginePool.connect(prefix, config.engine),
         RewardPool.connect(prefix, config.reward),
-        history,
+        CoordinatorSettings.of(
+            steering=config.steering,
+            rollout=config.rollout,
+            reward=config.reward,
+            learn=config.learn,
+            seed=config.seed,
+            name=f"{VECTOR_NAME}-{name}",
+        ),
+        CoordinatorFiles.named(config.run_dir, name, config.learn.loggers),
     )

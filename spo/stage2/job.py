@@ -94,7 +94,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     history = config.run_dir / f"history-{digest}.jsonl"
     history.touch()
     prompts = with_attacked(task.prompts, config, start, pools.model, reporter)
-    coordinator = start_coordinator(config, prompts, pools.prefix, history)
+    coordinator = start_coordinator(config, prompts, pools.prefix, digest)
     settings = TrainLoopSettings(
         model=learner_model(config, pools.model),
         revision=pools.model.revision,

@@ -15,12 +15,12 @@ import pytest
 from spo.engines.fake import FakeEngine
 from spo.errors import DataError, EngineError, StageError, SteeringError
 from spo.records import Batch, GenerateRequest, Rollout
+from spo.stage2.coordinator_thread import CoordinatorThread
 from spo.stage2.ledger import Fate, Ledger, committed_ids
 from spo.stage2.loop import train
 from spo.vector import SteeringVector
 from tests.receipts import WRONG
 from tests.unit.stage2.test_preference_loop import (
-    Sync,
     WordScorer,
     coordinator,
     learner,
@@ -68,7 +68,9 @@ def ids(batch: Batch) -> list[str]:
     return [item.rollout.request_id for group in batch.groups for item in group]
 
 
-def run(made: Sync, steps: int, vector: SteeringVector, learn_s: float = 0.0) -> list[Batch]:
+def run(
+    made: CoordinatorThread, steps: int, vector: SteeringVector, learn_s: float = 0.0
+) -> list[Batch]:
     batches = []
     for step in range(steps):
         # Each step has a vector of its own.
@@ -260,7 +262,7 @@ def test_a_strict_run_interrupted_anywhere_ends_with_the_same_vector(
     """Learner and coordinator are both new after the interruption; one step is lost as well."""
     steps = 6
 
-    def follow(made: Sync, one: object, first: int, last: int) -> dict[str, object]:
+    def follow(made: CoordinatorThread, one: object, first: int, last: int) -> dict[str, object]:
         kept: dict[str, object] = {}
 
         def after(update: object, vector: SteeringVector) -> None:
