@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, model_validator
 
 from spo.config.base import Fraction, Location, Positive, Slice
@@ -19,6 +18,7 @@ from spo.config.evaluation import AttackConfig, EvaluateConfig
 from spo.config.serving import ServeConfig
 from spo.config.stage1 import EstimateConfig, ExtractConfig
 from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutConfig
+from spo.config.text import dump
 from spo.records import Operator, Positions
 
 
@@ -154,7 +154,7 @@ class RunConfig(Slice):
 
     def to_yaml(self) -> str:
         """The resolved configuration."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return dump(self.model_dump(mode="json"))
 
 
 _MANNER = {"learn": {"compile": True}, "engine": {"in_process": True}}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
 
-from spo.errors import DataError
+from spo.config.text import parse
+from spo.errors import ConfigError, DataError
 from spo.evaluation.results import curve_points, load_report, shown_conditions
 from spo.records import Attacked, EvaluationCell, EvaluationReport
 
@@ -303,8 +303,8 @@ def _quarantine(
 
 def _name(config_text: str | None, folder: Path) -> str:
     try:
-        content = yaml.safe_load(config_text or "")
-    except yaml.YAMLError:
+        content = parse(config_text or "", "config.yaml")
+    except ConfigError:
         return folder.name
     name = content.get("name") if isinstance(content, dict) else None
     return name if isinstance(name, str) and name else folder.name
