@@ -115,7 +115,9 @@ class VllmEngine:
         """
         with self.session.bound([specs for _, specs in requests]) as bindings:
             jobs = [
-                self.session.job(binding, request.prompt, (), answer_params(request, self.prompts))
+                self.session.job(
+                    binding, request.prompt, (), answer_params(request.sampling, self.prompts)
+                )
                 for (request, _), binding in zip(requests, bindings, strict=True)
             ]
             outputs = self.session.run(jobs)
@@ -135,7 +137,7 @@ class VllmEngine:
         specs = (request.steering,) if request.steering else ()
         with self.session.bound([specs]) as (binding,):
             job = self.session.job(
-                binding, request.prompt, (), answer_params(request, self.prompts)
+                binding, request.prompt, (), answer_params(request.sampling, self.prompts)
             )
             sent, output = "", None
             for output in self.session.stream(job):

@@ -18,18 +18,18 @@ from spo.engines.vllm.vector_table import Binding
 from spo.errors import DataError, SteeringError
 from spo.records import FinishReason, GenerateRequest, Rollout, Sampling, SteeringReceipt
 
-_FINISH = {
+FINISH = {
     "stop": FinishReason.STOP,
     "length": FinishReason.LENGTH,
     "abort": FinishReason.ABORTED,
 }
 
 
-def answer_params(request: GenerateRequest, prompts: PromptProcessor) -> Any:
+def answer_params(sampling: Sampling, prompts: PromptProcessor, **options: Any) -> Any:
     """Parameters of a sampled answer; never an image placeholder, as in `HfEngine`."""
     token = prompts.image_token_id
     banned = {} if token is None else {"logit_bias": {token: -100.0}}
-    return sampling_params(request.sampling, **banned)
+    return sampling_params(sampling, **banned, **options)
 
 
 def canary_job(builder: RequestBuilder, binding: Binding) -> Job:
@@ -92,7 +92,7 @@ def rollout_of(
         token_ids=tuple(answer.token_ids),
         text=prompts.decode(answer.token_ids),
         logprob=float(answer.cumulative_logprob),
-        finish=_FINISH[answer.finish_reason],
+        finish=FINISH[answer.finish_reason],
         receipt=receipts[0] if receipts else None,
     )
 

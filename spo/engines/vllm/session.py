@@ -69,7 +69,7 @@ class Job:
 
 
 def sampling_params(sampling: Sampling, **options: Any) -> Any:
-    """vLLM's parameters: the log-probability of each new token, no detokenising."""
+    """vLLM's parameters: the log-probability of each new token, no detokenising, unless told."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -78,9 +78,12 @@ def sampling_params(sampling: Sampling, **options: Any) -> Any:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=sampling.seed,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        **{"logprobs": 0, **options},
+        **{
+            "detokenize": False,
+            "logprobs": 0,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+            **options,
+        },
     )
 
 
@@ -149,7 +152,7 @@ class RequestBuilder:
             expanded = self.prompts.prompt_tokens(prompt)
             short = expanded
             if prompt.image is not None:
-                short = tuple(self.prompts.tokenizer(self.prompts.render(prompt)).input_ids)
+                short = self.prompts.short_tokens(self.prompts.render(prompt))
             if len(self._prompt_tokens) > 4096:
                 self._prompt_tokens.clear()
             known = self._prompt_tokens[prompt] = (short, expanded)
