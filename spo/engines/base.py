@@ -133,10 +133,14 @@ class Engine(Sampler, Protocol):
         ...
 
 
+KEPT_VERSIONS = 4
+"""Of each name, the latest versions that an engine or a pool holds."""
+
+
 class VectorTable:
     """Published vectors of one engine: the last few versions of each name."""
 
-    def __init__(self, keep_versions: int = 4) -> None:
+    def __init__(self, keep_versions: int = KEPT_VERSIONS) -> None:
         self._keep = keep_versions
         self._vectors: dict[str, dict[int, SteeringVector]] = {}
 

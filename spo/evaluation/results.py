@@ -15,6 +15,7 @@ from rich.table import Table
 from spo.algorithms.metrics import paired_interval, runs_interval, unit_means
 from spo.errors import DataError
 from spo.evaluation.old_names import attacks_of_names, with_picture_ids
+from spo.files import write_atomic
 from spo.records import (
     Attacked,
     EvaluatedAnswer,
@@ -252,9 +253,7 @@ def save_report(report: EvaluationReport, path: Path) -> Path:
     """Write a report as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": _FORMAT, **asdict(report)}
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    partial.replace(path)
+    write_atomic(path, json.dumps(content, indent=1, allow_nan=False).encode())
     return path
 
 

@@ -27,6 +27,7 @@ from spo.datasets import load_prompts
 from spo.datasets.prompts import read_contrast
 from spo.engines.identity import folder_revision
 from spo.errors import ConfigError, DataError
+from spo.files import replaced
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, QuarantinedRow, Side
 from spo.stage1.activations import CALIBRATION, ContrastRow
 
@@ -132,9 +133,8 @@ def _drawn(prompt: Prompt, source: TypographicSource, context: SourceContext) ->
     path = context.config.cache / "typographic" / f"{name}.png"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        draw_text(words, source.picture_size).save(partial, format="PNG")
-        partial.rename(path)
+        with replaced(path) as part:
+            draw_text(words, source.picture_size).save(part, format="PNG")
     return replace(prompt, text=source.request, image=str(path))
 
 

@@ -36,7 +36,7 @@ from spo.records import (
 )
 from spo.stage2.history import IdleClock, Recorder, Sink, open_sinks
 from spo.stage2.ledger import Fate, Ledger
-from spo.stage2.schedule import Schedule, Slot, within
+from spo.stage2.schedule import GroupSlot, Schedule, done_by
 from spo.vector import SteeringVector
 
 VECTOR_NAME = "spo"
@@ -316,7 +316,7 @@ class Coordinator:
                 return group
         return None
 
-    async def _group(self, slot: Slot) -> tuple[_Group | None, bool]:
+    async def _group(self, slot: GroupSlot) -> tuple[_Group | None, bool]:
         """One attempt: the group or None, and whether another prompt may do better."""
         policy = self._policy
         assert policy is not None
@@ -353,7 +353,7 @@ class Coordinator:
             for i in range(count)
         ]
         strict = self._config.max_staleness == 0
-        found = await within(
+        found = await done_by(
             calls,
             deadline_s=None if strict else self._config.group_deadline_s,
             enough=self._config.min_group,
@@ -363,7 +363,7 @@ class Coordinator:
 
     def _judge(
         self,
-        slot: Slot,
+        slot: GroupSlot,
         policy: _Policy,
         rollouts: Sequence[Rollout],
         scores: Sequence[Mapping[str, float]],

@@ -17,7 +17,7 @@ from spo.stage2.coordinator_thread import CoordinatorThread
 from spo.stage2.learner import Update, VectorLearner, step_figures
 from spo.stage2.loop import train
 from spo.sweep.slot_office import trained_name
-from spo.sweep.validation import Scorer, Split
+from spo.sweep.validation import PromptSplit, Scorer
 from spo.vector import SteeringVector
 
 _KEPT_CHECKPOINTS = 2
@@ -43,7 +43,7 @@ class TrialTraining:
         digest: str,
         folder: Path,
         *,
-        split: Split,
+        split: PromptSplit,
         sampler: Sampler,
         scorer: Scorer,
         open_engine: Callable[[RunConfig], DifferentiableEngine],

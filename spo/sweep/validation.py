@@ -51,7 +51,7 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
+class PromptSplit:
     """Training prompts, parted."""
 
     train: tuple[Prompt, ...]
@@ -81,16 +81,16 @@ class Measured:
     answers: tuple[SampleAnswer, ...]
 
 
-def split_prompts(prompts: Sequence[Prompt], config: ValidationConfig) -> Split:
+def split_prompts(prompts: Sequence[Prompt], config: ValidationConfig) -> PromptSplit:
     """Part prompts by a hash of their ids, so that more prompts never move one across."""
     held = [p for p in prompts if is_held_out(f"validation/{p.prompt_id}", config.fraction)]
     train = tuple(p for p in prompts if p not in set(held))
     harm = [p for p in held if p.kind is PromptKind.HARM][: config.harm_prompts]
     benign = [p for p in held if p.kind is PromptKind.BENIGN][: config.benign_prompts]
-    return Split(train=train, harm=tuple(harm), benign=tuple(benign))
+    return PromptSplit(train=train, harm=tuple(harm), benign=tuple(benign))
 
 
-def check_measurable(config: SweepConfig, split: Split) -> None:
+def check_measurable(config: SweepConfig, split: PromptSplit) -> None:
     """Raise ConfigError when an objective would never get a value."""
     needs = {name: split.benign if name in ("utility", "kl") else split.harm for name in BEST_IS}
     missing = [name for name in config.objectives if not needs[name]]
@@ -127,7 +127,7 @@ class Validator:
         self,
         sampler: Sampler,
         scorer: Scorer,
-        split: Split,
+        split: PromptSplit,
         *,
         config: ValidationConfig,
         folder: Path,

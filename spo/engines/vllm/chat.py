@@ -28,8 +28,8 @@ from spo.engines.vllm.outputs import (
 )
 from spo.engines.vllm.plugin.wire import REQUEST_KEY, cache_salt
 from spo.engines.vllm.receipts import ReceiptMail
-from spo.engines.vllm.session import Job, RequestBuilder
-from spo.engines.vllm.vector_table import Binding, Seen, SteeringDesk
+from spo.engines.vllm.session import RequestBuilder, VllmJob
+from spo.engines.vllm.vector_table import Binding, EngineAccount, SteeringDesk
 from spo.errors import ArtifactError, DataError, EngineError, SteeringError
 from spo.records import SteeringReceipt, SteeringSpec
 from spo.vector import SteeringVector
@@ -185,7 +185,7 @@ class VllmChatEngine:
         """What the workers say was applied; SteeringError when it is not what was asked for."""
         if not binding.lanes:
             return ()
-        seen = Seen(
+        seen = EngineAccount(
             prompt_length=len(tokens),
             tokens=len(tokens) + made - 1,
             cached=int(output.num_cached_tokens or 0),
@@ -274,7 +274,7 @@ class VllmChatEngine:
     def _bind(self, spec: SteeringSpec | None) -> Binding:
         return self.desk.bind([(spec,) if spec else ()])[0]
 
-    async def _run(self, job: Job) -> AsyncIterator[Any]:
+    async def _run(self, job: VllmJob) -> AsyncIterator[Any]:
         """vLLM's outputs; leaving early aborts the request."""
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError

@@ -13,7 +13,7 @@ from spo.engines.identity import folder_revision, model_identity
 from spo.engines.processing import PromptProcessor
 from spo.engines.vllm.canary import Logprobs
 from spo.engines.vllm.plugin.wire import PluginConfig
-from spo.engines.vllm.session import Job, RequestBuilder, sampling_params
+from spo.engines.vllm.session import RequestBuilder, VllmJob, sampling_params
 from spo.engines.vllm.vector_table import Binding
 from spo.errors import DataError, SteeringError
 from spo.records import FinishReason, GenerateRequest, Rollout, Sampling, SteeringReceipt
@@ -32,7 +32,7 @@ def answer_params(sampling: Sampling, prompts: PromptProcessor, **options: Any) 
     return sampling_params(sampling, **banned, **options)
 
 
-def canary_job(builder: RequestBuilder, binding: Binding) -> Job:
+def canary_job(builder: RequestBuilder, binding: Binding) -> VllmJob:
     """The canary's fixed prompt; its `engine_input` is still a prompt dictionary."""
     tokens = tuple(builder.prompts.tokenizer("a b c", add_special_tokens=False).input_ids)
     params = sampling_params(Sampling(max_tokens=2, temperature=0.0), logprobs=5)
@@ -78,7 +78,7 @@ def describe(
 
 def rollout_of(
     request: GenerateRequest,
-    job: Job,
+    job: VllmJob,
     output: Any,
     receipts: tuple[SteeringReceipt, ...],
     prompts: PromptProcessor,
@@ -97,7 +97,7 @@ def rollout_of(
     )
 
 
-def pooled_tokens(request: CaptureRequest, job: Job, prompts: PromptProcessor) -> int:
+def pooled_tokens(request: CaptureRequest, job: VllmJob, prompts: PromptProcessor) -> int:
     """How many tokens a capture must pool; DataError if none is left."""
     spans: tuple[Span, ...] = prompts.spans(job.tokens)
     index = np.arange(len(job.tokens), dtype=np.int64)
