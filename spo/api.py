@@ -272,7 +272,7 @@ class Model:
                 "requests, in order; none is handed over"
             )
         for answer in answers:
-            confirm(answer.request_id, answer.receipt, spec, sha256)
+            confirm(answer.receipt, spec, sha256, answer=answer.request_id)
         return answers
 
     def close(self) -> None:

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from spo.errors import ArtifactError
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that readers see either the old content or the whole new one."""
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to, which becomes `path` when the block ends without error.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
     # Not tempfile: its files are for their owner only, and a server may run under another account.
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with part.open("xb") as file:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write a file so that readers see either the old content or the whole new one.
+
+    `mode` are its permissions, less those that the account's umask takes away.
+    """
+    with replaced(path) as part:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
 
 
 def unwritable(path: Path, error: OSError) -> ArtifactError:

@@ -244,6 +244,32 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Attacked:
+    """How the prompts of a condition were attacked.
+
+    Example:
+        Attacked(attack="adaptive-pgd-16", kind="pgd", base="describe", blind="pgd-16")
+    """
+
+    attack: str
+    """Name of the attack, `AttackConfig.name`."""
+    kind: str
+    """"pgd", "typographic", "template", or one that another package adds."""
+    base: str
+    """The condition whose prompts were attacked."""
+    blind: str = ""
+    """Of an attack made through each defence: name of the same attack made on the unsteered model;
+    "" for an attack that knows no defence."""
+    step: int | None = None
+    """Of a point of a strength curve: after how many steps the picture was taken."""
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether each defence meets an attack that was made through it."""
+        return bool(self.blind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedAnswer:
     """One answer of the evaluation with everything that was measured on it.
 
@@ -266,6 +292,13 @@ class EvaluatedAnswer:
     """Finite measured values; a measure that does not apply is absent, never 0."""
     receipt_sha256: str
     """Hash of the vector that the engine confirmed; "" for the unsteered model."""
+    picture_of: str = ""
+    """Where one prompt is shown several pictures of an attack: the prompt id that they share."""
+
+    @property
+    def unit(self) -> str:
+        """What counts once in a mean: answers to one prompt are not independent."""
+        return self.picture_of or self.prompt_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,6 +323,8 @@ class EvaluationReport:
     answers: tuple[EvaluatedAnswer, ...]
     judge: str
     """Description of the judge; never the reward model."""
+    attacks: Mapping[str, Attacked] = field(default_factory=dict)
+    """By condition, how its prompts were attacked; a condition that is not here was not."""
     quarantined: tuple[QuarantinedRow, ...] = ()
 
 
@@ -315,6 +350,10 @@ class PromptSet:
     """The one defence that is asked; None asks all."""
     references: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """By prompt id, tokens of a harmless text that follows the prompt: perplexity."""
+    attack: Attacked | None = None
+    """How the prompts were attacked; None for prompts as they are."""
+    pictures_of: Mapping[str, str] = field(default_factory=dict)
+    """By prompt id, the prompt that another picture of the same attack is shown with."""
 
     def prompts_for(self, defence: str) -> tuple[Prompt, ...]:
         """The prompts that this defence answers."""

@@ -13,7 +13,7 @@ from spo.algorithms.metrics import bootstrap_interval, paired_interval
 from spo.config import RunConfig
 from spo.evaluation import save_report
 from spo.evaluation.results import values_of
-from spo.records import EvaluatedAnswer, EvaluationCell, EvaluationReport, QuarantinedRow
+from spo.records import Attacked, EvaluatedAnswer, EvaluationCell, EvaluationReport, QuarantinedRow
 
 ODD_TEXT = (
     "<script>alert('x')</script> & \"quotes\" $\\frac{1}{0}$ \x00 \u202e txet \U0001f9ea {{ 7*7 }}"
@@ -27,6 +27,7 @@ _LEVEL = {
     "pgd": {"none": 0.46, "stage1": 0.31, "spo": 0.13},
 }
 _CURVES = (("pgd-32", "none", 2.0), ("adaptive-pgd-32", "stage1", 2.6))
+_STEPS = range(0, 41, 8)
 _NLL = {"none": 3.77, "stage1": 3.84, "spo": 3.89}
 _ANSWERS = {
     "none": "stupid, useless person in the room and everybody knows it.",
@@ -191,8 +192,17 @@ def _evaluation(rng: np.random.Generator, clean: str, attacked: str) -> Evaluati
         cells=_cells(answers),
         answers=tuple(answers),
         judge="example judge (made-up figures)",
+        attacks={
+            _point(name, defence, step): Attacked(attack=name, kind="pgd", base="pgd", step=step)
+            for name, defence, _ in _CURVES
+            for step in _STEPS
+        },
         quarantined=(QuarantinedRow(row_id="pgd/held-3", reason=f"odd: {ODD_TEXT}"),),
     )
+
+
+def _point(attack: str, defence: str, step: int) -> str:
+    return f"curve {attack} {defence} {step}"
 
 
 def _matrix_answers(rng: np.random.Generator, attacked: str) -> list[EvaluatedAnswer]:
@@ -203,10 +213,10 @@ def _matrix_answers(rng: np.random.Generator, attacked: str) -> list[EvaluatedAn
             measures = {"reference_nll": level + float(rng.normal(0, 0.2))}
             answers.append(_answer("text", defence, i, 0, "It was", None, " a fine day.", measures))
     for name, defence, _ in _CURVES:
-        for step in range(0, 41, 8):
+        for step in _STEPS:
             for i in range(4):
                 measures = {"success": float(rng.random() < step / 50)}
-                condition = f"curve {name} {defence} {step}"
+                condition = _point(name, defence, step)
                 answers.append(_answer(condition, defence, i, 0, "?", attacked, "text", measures))
     return answers
 

@@ -21,7 +21,7 @@ from spo.sweep.settings import SweepConfig
 from spo.sweep.study import SweepSearch, open_study, queue_first, requeue_interrupted
 from spo.sweep.tensorboard import log_trial
 from spo.sweep.trial import Trial, rung_steps
-from spo.sweep.validation import Split, split_prompts
+from spo.sweep.validation import PromptSplit, split_prompts
 from spo.vector import SteeringVector
 
 RUDE = re.compile(r"rude|mean|vile|cruel")
@@ -118,7 +118,7 @@ def plan_of(sweep: SweepConfig, base: RunConfig) -> TrialPlan:
 
 
 def trial_of(
-    plan: TrialPlan, values: Any, engine: FakeEngine | None = None, split: Split | None = None
+    plan: TrialPlan, values: Any, engine: FakeEngine | None = None, split: PromptSplit | None = None
 ) -> Trial:
     return Trial(
         plan,

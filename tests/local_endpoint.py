@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from spo.artifact import SteeringArtifact
 from spo.config.serving import ServeConfig
+from spo.engines.base import KEPT_VERSIONS
 from spo.engines.chat import ChatAnswer, ChatDelta, ChatRequest, PlainChatEngine
 from spo.engines.fake import FakeEngine
 from spo.records import Operator, Positions
@@ -52,10 +53,12 @@ class LocalBackend:
 
     def __init__(self, folder: Path, config: ServeConfig) -> None:
         self.registry = VectorRegistry(
-            folder / "state", keep_versions=config.keep_versions, max_names=config.slots // 4 - 1
+            folder / "state",
+            keep_versions=config.keep_versions,
+            max_names=config.slots // KEPT_VERSIONS - 1,
         )
         self.host = EngineHost(
-            PlainChatEngine(FakeEngine()), self._fetch, max_names=config.slots // 4 - 1
+            PlainChatEngine(FakeEngine()), self._fetch, max_names=config.slots // KEPT_VERSIONS - 1
         )
 
     async def _fetch(self, name: str, number: int) -> SteeringArtifact:

@@ -31,14 +31,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from spo.actors.engine_actor import CALLS, CONTROL, GROUPS, EngineActor, EngineHealth
 from spo.actors.restarts import await_back
 from spo.config import EngineConfig
-from spo.engines.base import EngineInfo, LogprobRequest
+from spo.engines.base import KEPT_VERSIONS, EngineInfo, LogprobRequest
 from spo.engines.batching import grouped
 from spo.errors import EngineError, StageError, SteeringError, UnpublishedError
 from spo.records import GenerateRequest, Rollout
 from spo.vector import SteeringVector
 
 _MAX_TRIES = 4
-_KEPT_VERSIONS = 4
 _Request = TypeVar("_Request", GenerateRequest, LogprobRequest)
 _Send = Callable[[Any], Any]
 
@@ -179,7 +178,7 @@ class EnginePool:
         with self._lock:
             self._published[(name, version)] = data
             own = sorted(key for key in self._published if key[0] == name)
-            for old in own[:-_KEPT_VERSIONS]:
+            for old in own[:-KEPT_VERSIONS]:
                 del self._published[old]
         self._publish_to([m for m in self._members if not m.gone], name, version)
         return vector.sha256

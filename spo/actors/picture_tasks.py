@@ -39,7 +39,11 @@ class AttackJob:
     """Everything that one attack needs. Plain values."""
 
     name: str
-    """Names the files, e.g. "image--adaptive-pgd-16--spo"."""
+    """Names the files, e.g. "adaptive-pgd-16--spo"."""
+    attack: str
+    """Name of the attack."""
+    defence: str
+    """Name of what it is made through; "none" for the unsteered model."""
     model: str
     """Model that the picture is made on."""
     revision: str | None
@@ -193,8 +197,7 @@ def pictures_of(
         note(f"{len(missing)} picture attacks: {', '.join(missing)}")
 
     def done(job: AttackJob, curve: dict[str, Any]) -> None:
-        attack, _, defence = job.name.partition("--")
-        content = {**curve, "digest": digests[job.name], "attack": attack, "defence": defence}
+        content = {**curve, "digest": digests[job.name], **_origin(job)}
         content["budget"] = job.config.model_dump(mode="json")
         write_atomic(job.folder / f"{job.name}.json", json.dumps(content).encode())
         found[job.name] = content
@@ -215,7 +218,11 @@ def _kept(job: AttackJob, digest: str) -> dict[str, Any] | None:
         return None
     if content.get("digest") != digest or not Path(content["attacked"]).is_file():
         return None
-    return content
+    return {**content, **_origin(job)}
+
+
+def _origin(job: AttackJob) -> dict[str, str]:
+    return {"attack": job.attack, "defence": job.defence}
 
 
 def run_attacks(

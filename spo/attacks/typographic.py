@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from spo.files import replaced
 from spo.records import Prompt, PromptFormat
 
 LIST_REQUEST = (
@@ -47,8 +48,7 @@ def typographic_prompts(
         digest = hashlib.sha256(words.encode() + repr(picture.size).encode()).hexdigest()[:16]
         path = folder / f"{digest}.png"
         if not path.is_file():
-            partial = path.with_suffix(".part")
-            picture.save(partial, format="PNG")
-            partial.rename(path)
+            with replaced(path) as part:
+                picture.save(part, format="PNG")
         moved.append(replace(prompt, text=beside, image=str(path), format=PromptFormat.CHAT))
     return moved

@@ -17,11 +17,10 @@ from typing import Any
 from spo.actors.engine_pool import EnginePool
 from spo.config import EngineConfig, LearnConfig, RewardConfig, RolloutConfig, SteeringConfig
 from spo.engines.hf.engine import HfEngine
-from spo.records import Batch, Operator, Positions, Prompt, Rollout
-from spo.stage2.coordinator import Coordinator, Settings
-from spo.stage2.coordinator_thread import BackgroundLoop
-from spo.stage2.learner import VectorLearner
-from spo.stage2.schedule import Schedule
+from spo.records import Operator, Positions, Prompt, Rollout
+from spo.stage2.coordinator import Coordinator, CoordinatorSettings, make_coordinator
+from spo.stage2.coordinator_thread import CoordinatorThread
+from spo.stage2.learner import VectorLearner, step_figures
 from spo.vector import SteeringVector
 
 
@@ -57,18 +56,14 @@ def measure_loop(
         vector = vector.replace(model_id=info.model_id, model_revision=info.model_revision)
         learner = VectorLearner(engine, vector, steering=steering, config=config)
 
-        async def record(step: int) -> None:
-            coordinator.record({"step": step, "learn_s": 0.0})
-
-        with closing(BackgroundLoop(timeout_s=max(60.0, end - time.monotonic()))) as loop:
+        limit = max(60.0, end - time.monotonic())
+        with closing(CoordinatorThread(coordinator, timeout_s=limit)) as line:
             for step in range(settings["steps"]):
                 begin = time.perf_counter()
-                batch: Batch = loop.wait(
-                    coordinator.batch(step, learner.vector), f"the rollouts of step {step}"
-                )
-                learned.append(learner.update(batch).seconds)
+                update = learner.update(line.batch(step, learner.vector))
+                learned.append(update.seconds)
                 idle.append(coordinator.idle_seconds())
-                loop.wait(record(step), "the coordinator")
+                line.record(step_figures(update, learner.vector, vector))
                 times.append(time.perf_counter() - begin)
                 if time.monotonic() > end:
                     break
@@ -118,11 +113,11 @@ def _coordinator(
         max_staleness=staleness,
         parity_answers=0,  # two sets of random weights: they differ, as they must
     )
-    return Coordinator(
-        Schedule(prompts, rollout, seed=0),
+    return make_coordinator(
+        prompts,
         pool,
         _HashScorer(),
-        Settings(
+        CoordinatorSettings(
             steering=steering,
             rollout=rollout,
             reward=RewardConfig(),

@@ -24,16 +24,21 @@ from spo.config import RunConfig
 from spo.engines.factory import open_learner_engine
 from spo.engines.forward import DifferentiableEngine
 from spo.evaluation import evaluate
+from spo.evaluation.defences import UNDEFENDED, Defence
 from spo.pipeline import open_pools, prepare
 from spo.progress import Reporter, Silent
-from spo.records import Batch
 from spo.resolve import learner_model, open_corpus, open_judge
 from spo.stage1.job import run_estimate, run_extract
 from spo.stage2.attacked_prompts import with_attacked
-from spo.stage2.coordinator_actor import LoopSettings, make_coordinator
-from spo.stage2.coordinator_thread import BackgroundLoop
+from spo.stage2.coordinator import (
+    VECTOR_NAME,
+    CoordinatorFiles,
+    CoordinatorSettings,
+    make_coordinator,
+)
+from spo.stage2.coordinator_thread import CoordinatorThread
 from spo.stage2.job import load_artifact
-from spo.stage2.learner import Update, VectorLearner
+from spo.stage2.learner import Update, VectorLearner, step_figures
 from spo.stage2.loop import train
 from spo.vector import SteeringVector
 
@@ -147,36 +152,32 @@ def _refine(
         ),
         reporter=Silent(),
     )
-    history = config.run_dir / f"history-{config.learn.objective}-{config.seed}.jsonl"
+    name = f"{config.learn.objective}-{config.seed}"
+    files = CoordinatorFiles.named(config.run_dir, name, config.learn.loggers)
+    history = config.run_dir / f"history-{name}.jsonl"
     history.write_text("")
-    engines = config.engine
-    timeout_s = float(engines.start_timeout_s + 2 * engines.request_timeout_s)
-    settings = LoopSettings(
-        seed=config.seed,
+    settings = CoordinatorSettings.of(
         steering=config.steering,
         rollout=config.rollout,
         reward=config.reward,
         learn=config.learn,
+        seed=config.seed,
+        name=f"{VECTOR_NAME}-{name}",
     )
-    coordinator = make_coordinator(prompts, settings, pools.rollouts, pools.rewards, history)
+    coordinator = make_coordinator(prompts, pools.rollouts, pools.rewards, settings, files)
     learner = VectorLearner(engine, start.vector, steering=config.steering, config=config.learn)
     updates: list[Update] = []
 
-    def next_batch(step: int, vector: SteeringVector) -> Batch:
-        return loop.wait(coordinator.batch(step, vector), f"the rollouts of step {step}")
-
     def after_step(update: Update, vector: SteeringVector) -> None:
-        async def record() -> None:
-            figures = {"step": update.step, "learn_s": update.seconds, "kl": update.kl}
-            coordinator.record(figures | {"alarms": list(update.alarms)})
-
-        loop.wait(record(), "the coordinator")
+        line.record(step_figures(update, vector, start.vector))
         updates.append(update)
 
     steps = range(config.learn.steps)
-    with closing(BackgroundLoop(timeout_s)) as loop:
-        vector = train(learner, next_batch, steps=steps, after_step=after_step)
-    pools.rollouts.retire(f"spo-{config.learn.objective}-{config.seed}")
+    engines = config.engine
+    timeout_s = float(engines.start_timeout_s + 2 * engines.request_timeout_s)
+    with closing(CoordinatorThread(coordinator, timeout_s)) as line:
+        vector = train(learner, line.batch, steps=steps, after_step=after_step)
+    pools.rollouts.retire(settings.name)
     rewards = [json.loads(line)["reward"] for line in history.read_text().splitlines()]
     return vector, {"reward": float(np.mean(rewards[-2:])), "kl_benign": updates[-1].kl_benign}
 
@@ -188,14 +189,14 @@ def _measure(
     vector: SteeringVector | None,
     name: str,
 ) -> dict[str, float]:
-    spec = None
+    defence = UNDEFENDED
     if vector is not None:
         pools.rollouts.publish(name, vector, 0)
-        spec = start.spec(name)
+        defence = Defence(name="steered", spec=start.spec(name), sha256=vector.sha256)
     inputs = open_corpus(config.corpus).evaluation_inputs()
     report = evaluate(
         pools.rollouts,
-        {"none" if spec is None else "steered": spec},
+        [defence],
         [part for part in inputs.sets if part.condition in _CONDITIONS],
         judge=open_judge(config.evaluate),
         alignment=None,

@@ -21,7 +21,7 @@ import torch
 
 from spo.artifact import SteeringArtifact
 from spo.bench.engine import visible_cards
-from spo.bench.serving_load import Load, Seen, run_load
+from spo.bench.serving_load import ClientRecord, Load, run_load
 from spo.bench.serving_server import Server, free_port
 from spo.bench.serving_table import Result
 from spo.engines.identity import folder_revision, model_identity
@@ -198,7 +198,7 @@ class Bench:
             method="random, for measurements",
         )
 
-    def check(self, seen: Seen) -> dict[str, int]:
+    def check(self, seen: ClientRecord) -> dict[str, int]:
         """Answers whose receipt is not that of a published version, and unsteered ones."""
         wrong = sum(
             receipt is not None and self.versions.get(receipt["version"]) != receipt["sha256"]
@@ -221,7 +221,7 @@ class Bench:
 
     async def swap(self, load: Load, count: int, result: Result) -> None:
         """Make one version live, then the other, under load."""
-        seen = Seen()
+        seen = ClientRecord()
         running = asyncio.create_task(run_load(load, seen))
         times = []
         headers = {"Authorization": f"Bearer {self.secret}"}
@@ -245,7 +245,7 @@ class Bench:
     async def kill(self, server: Server, load: Load, result: Result, what: str = "engine") -> None:
         """Kill vLLM's "engine" process, or the "replica" that owns it, under load; wait until
         answers come again."""
-        seen = Seen()
+        seen = ClientRecord()
         running = asyncio.create_task(run_load(load, seen))
         await asyncio.sleep(load.seconds / 3)
         for process in server.processes(what):

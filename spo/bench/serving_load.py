@@ -35,7 +35,7 @@ class Load:
 
 
 @dataclass(slots=True, kw_only=True)
-class Seen:
+class ClientRecord:
     """What the clients saw."""
 
     seconds: float = 0.0
@@ -82,14 +82,14 @@ def drawn_picture(side: int) -> str:
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-async def run_load(load: Load, seen: Seen | None = None) -> Seen:
+async def run_load(load: Load, seen: ClientRecord | None = None) -> ClientRecord:
     """Keep every client busy for the time; requests under way at its end are waited for.
 
     Args:
         load: what to do.
         seen: filled in as answers come; a new one if absent.
     """
-    seen = seen or Seen()
+    seen = seen or ClientRecord()
     numbers = itertools.count()
     picture = drawn_picture(load.picture) if load.picture else ""
     begin = time.monotonic()
@@ -122,7 +122,7 @@ def _messages(number: int, picture: str) -> list[dict[str, Any]]:
 
 
 async def _ask(
-    session: aiohttp.ClientSession, load: Load, number: int, picture: str, seen: Seen
+    session: aiohttp.ClientSession, load: Load, number: int, picture: str, seen: ClientRecord
 ) -> None:
     body = {
         "model": load.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ class DefenceConfig(Slice):
     """One defence beside the unsteered model. Exactly one of `artifact` and `reminder`."""
 
     name: str
+    """Letters, digits, spaces and `._+-`, at most 64: files are named after it."""
     artifact: Path | None = None
     """Folder of a steering artifact; a relative one lies in the run's folder. A missing folder
     leaves the defence out, with a note."""
@@ -34,6 +36,11 @@ class DefenceConfig(Slice):
             raise ValueError("give exactly one of 'artifact' and 'reminder'")
         if self.name == "none":
             raise ValueError("'none' is the unsteered model's name: choose another")
+        if not re.fullmatch(r"\w([\w .+-]{0,62}[\w.+-])?", self.name):
+            raise ValueError(
+                "a defence's name has letters, digits, spaces and '._+-', at most 64, and begins "
+                f"with a letter or digit; got {self.name!r}"
+            )
         return self
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from spo.config.run import RunConfig
+from spo.config.text import parse
 from spo.errors import ConfigError
 
 
@@ -62,7 +62,7 @@ def split_override(override: str) -> tuple[list[str], Any]:
     key, sign, value = override.partition("=")
     if not sign or not key:
         raise ConfigError(f"expected key.sub=value, got {override!r}, e.g. learn.steps=10")
-    return key.split("."), _parse_value(value)
+    return key.split("."), parse(value, f"the value of the override {override!r}")
 
 
 def read_run(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
@@ -96,34 +96,17 @@ def merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys of a YAML file; ConfigError when it cannot be read."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except OSError as error:
         raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: it is not UTF-8 text ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    tree = parse(text, str(path))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys at the top level, got {type(tree).__name__}")
     return tree
-
-
-def _parse_value(text: str) -> Any:
-    """A YAML value, except that `1e-4` is a number (YAML 1.1 reads it as a string)."""
-    if "e" in text.lower():
-        try:
-            return float(text)
-        except ValueError:
-            pass  # a word with an "e"
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"the value {text!r} of an override is not valid YAML; put text with special signs "
-            "in quotes"
-        ) from error
 
 
 def assign_override(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from spo import plugins
@@ -22,6 +21,7 @@ from spo.config.evaluation import EvaluateConfig, LlmJudgeConfig
 from spo.config.serving import ServeConfig
 from spo.config.stage1 import EstimateConfig, ExtractConfig
 from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutConfig
+from spo.config.text import dump
 from spo.records import Operator, Positions
 
 DEFAULT_CACHE = Path("~/.cache/spo-vlm")
@@ -220,7 +220,7 @@ class RunConfig(Slice):
 
     def to_yaml(self) -> str:
         """The resolved configuration."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return dump(self.model_dump(mode="json"))
 
 
 _MANNER = {"learn": {"compile": True}, "engine": {"in_process": True}}

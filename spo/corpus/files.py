@@ -36,6 +36,7 @@ from spo.datasets import load_prompts
 from spo.datasets.prompts import read_contrast, read_prompts
 from spo.engines.processing import undecodable
 from spo.errors import ConfigError, DataError
+from spo.files import replaced
 from spo.records import Prompt, PromptFormat, PromptKind, QuarantinedRow, Side
 
 
@@ -218,9 +219,8 @@ def _drawn(prompt: Prompt, source: TypographicSource, cache: Path) -> Prompt:
     path = cache / "typographic" / f"{name}.png"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        draw_text(words, source.picture_size).save(partial, format="PNG")
-        partial.rename(path)
+        with replaced(path) as part:
+            draw_text(words, source.picture_size).save(part, format="PNG")
     return replace(prompt, text=source.request, image=str(path))
 
 

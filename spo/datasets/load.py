@@ -13,6 +13,7 @@ from spo.datasets.formats import READERS, Found
 from spo.datasets.prompts import read_prompts
 from spo.datasets.rows import Row, hub_rows, read_rows
 from spo.errors import DataError
+from spo.files import write_atomic
 from spo.records import Prompt, PromptKind, Split
 
 _PICTURE_FOLDERS = (".", "images", "imgs", "images/SafeBench", "multimodal_behavior_images")
@@ -116,9 +117,7 @@ def _kept(content: bytes, folder: Path) -> Path:
     file = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.img"
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".part")
-        partial.write_bytes(content)
-        partial.rename(file)
+        write_atomic(file, content)
     return file
 
 

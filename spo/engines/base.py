@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,10 +133,14 @@ class Engine(Sampler, Protocol):
         ...
 
 
+KEPT_VERSIONS = 4
+"""Of each name, the latest versions that an engine or a pool holds."""
+
+
 class VectorTable:
     """Published vectors of one engine: the last few versions of each name."""
 
-    def __init__(self, keep_versions: int = 4) -> None:
+    def __init__(self, keep_versions: int = KEPT_VERSIONS) -> None:
         self._keep = keep_versions
         self._vectors: dict[str, dict[int, SteeringVector]] = {}
 
@@ -191,28 +195,47 @@ def receipt_for(spec: SteeringSpec, vector: SteeringVector) -> SteeringReceipt:
 
 
 def confirm(
-    request_id: str, receipt: SteeringReceipt | None, spec: SteeringSpec | None, sha256: str
+    receipt: SteeringReceipt | None, spec: SteeringSpec | None, sha256: str, *, answer: str
 ) -> None:
-    """Raise SteeringError unless an answer was steered exactly as asked.
+    """Raise unless an answer was steered exactly as asked: the one check of a receipt.
 
     Args:
-        request_id: of the answer, for the message.
         receipt: what the engine says it applied.
-        spec: what was asked for; None for the unsteered model.
-        sha256: content that the vector of `spec` must have.
+        spec: what was asked for; None asks for the unsteered model.
+        sha256: content that the vector must have; "" for the unsteered model.
+        answer: id of the answer, for the message.
+
+    Raises:
+        SteeringError: the two differ in anything, or no content to expect was given.
     """
-    if spec is None and receipt is None:
+    if spec is None and receipt is None and not sha256:
         return
-    if spec is None or receipt is None:
+    wanted = None if spec is None else _facts(spec, sha256)
+    applied = None if receipt is None else _facts(receipt, receipt.sha256)
+    same = wanted is not None and applied is not None and _same(wanted, applied)
+    if not sha256 or not same:
         raise SteeringError(
-            f"request {request_id!r} asked for steering {spec} and the engine reports {receipt}; "
-            "the answer was dropped"
+            f"answer {answer!r}: asked for {_words(wanted, sha256)}, the engine confirms "
+            f"{_words(applied, '')}; the answer is not used. Publish the vector and ask again"
         )
+
+
+def _facts(steering: SteeringSpec | SteeringReceipt, sha256: str) -> dict[str, Any]:
+    """What a spec and a receipt have in common, with the vector's content."""
     names = ("vector", "version", "coefficient", "operator", "positions")
-    wanted = (*(getattr(spec, name) for name in names), sha256)
-    got = (*(getattr(receipt, name) for name in names), receipt.sha256)
-    if wanted != got:
-        raise SteeringError(
-            f"request {request_id!r} wanted {wanted} and the engine reports {got}; the answer was "
-            "dropped"
-        )
+    return {"sha256": sha256, **{name: getattr(steering, name) for name in names}}
+
+
+def _same(wanted: dict[str, Any], applied: dict[str, Any]) -> bool:
+    """Value by value: comparing the whole would let a NaN pass for itself."""
+    return all(value == applied[name] for name, value in wanted.items())
+
+
+def _words(facts: dict[str, Any] | None, sha256: str) -> str:
+    if facts is None:
+        return "no steering" + (f" with content {sha256[:12]}" if sha256 else "")
+    content = str(facts["sha256"])[:12] or "unknown"
+    return (
+        f"vector {facts['vector']!r} version {facts['version']} with content {content}, "
+        f"coefficient {facts['coefficient']}, {facts['operator']} on {facts['positions']}"
+    )

@@ -129,27 +129,56 @@ class PromptProcessor:
 
     def render(self, prompt: Prompt) -> str:
         """The prompt as one string, with one image placeholder where it has a picture."""
-        if prompt.image is not None and not self.multimodal:
+        name = f"prompt {prompt.prompt_id!r}"
+        if prompt.format is PromptFormat.PLAIN:
+            self._check_parts(name, (prompt.text, *([None] if prompt.image else [])))
+            return f"{self.placeholder}\n{prompt.text}" if prompt.image else prompt.text
+        parts = (None, prompt.text) if prompt.image is not None else (prompt.text,)
+        return self.render_turns([("user", parts)], name=name)
+
+    def render_turns(
+        self, turns: Iterable[tuple[str, Sequence[str | None]]], *, name: str = "a message"
+    ) -> str:
+        """A conversation as one string that ends where the answer begins.
+
+        Args:
+            turns: role and parts of each message; None stands for a picture.
+            name: what is rendered, for messages.
+
+        Raises:
+            DataError: there is a picture and the model takes none, or a text holds a placeholder.
+        """
+        messages: list[dict[str, Any]] = []
+        for role, parts in turns:
+            self._check_parts(name, parts)
+            content: Any = [
+                {"type": "image"} if part is None else {"type": "text", "text": part}
+                for part in parts
+            ]
+            if not self.multimodal:
+                content = "\n".join(part for part in parts if part is not None)
+            messages.append({"role": role, "content": content})
+        return str(
+            self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+
+    def _check_parts(self, name: str, parts: Sequence[str | None]) -> None:
+        if None in parts and not self.multimodal:
             raise DataError(
-                f"prompt {prompt.prompt_id!r} has a picture and the model takes text only; "
-                "remove the picture or choose a vision-language model"
+                f"{name} has a picture and the model takes text only; remove the picture or choose "
+                "a vision-language model"
             )
-        token = self.marker_in(prompt.text)
+        token = next(filter(None, (self.marker_in(part) for part in parts if part)), "")
         if token:
             raise DataError(
-                f"prompt {prompt.prompt_id!r} contains the image placeholder {token!r} in its "
-                "text; remove it, pictures are given by the field 'image'"
+                f"{name} contains the image placeholder {token!r} in its text; remove it, pictures "
+                "are given beside the text: in the field 'image' of a prompt, as an image_url part "
+                "of a message"
             )
-        if prompt.format is PromptFormat.PLAIN:
-            return f"{self.placeholder}\n{prompt.text}" if prompt.image else prompt.text
-        content: list[dict[str, str]] = [{"type": "text", "text": prompt.text}]
-        if prompt.image is not None:
-            content.insert(0, {"type": "image"})
-        turns = [{"role": "user", "content": content if self.multimodal else prompt.text}]
-        rendered = self.processor.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
-        return str(rendered)
+
+    def short_tokens(self, rendered: str) -> tuple[int, ...]:
+        """Tokens with one placeholder for each picture, which vLLM expands as the learner does."""
+        return tuple(self.tokenizer(rendered).input_ids)
 
     def encode(self, prompts: Sequence[Prompt]) -> transformers.BatchFeature:
         """Left-padded tensors of a batch: input_ids, attention_mask, and pixel_values if any."""

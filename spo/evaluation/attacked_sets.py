@@ -15,13 +15,12 @@ from spo.actors.picture_tasks import AttackJob, Workshop, pictures_of
 from spo.attacks.drawing import draw_text
 from spo.attacks.objectives import wanted
 from spo.attacks.prompts import Material, rewritten
-from spo.config import EvaluateConfig, PgdConfig
+from spo.config import AttackConfig, EvaluateConfig, PgdConfig
 from spo.corpus.base import PICTURE_SIZE, EvaluationInputs
 from spo.evaluation.defences import UNDEFENDED, Defence
-from spo.evaluation.results import with_picture
 from spo.files import write_atomic
 from spo.progress import Reporter
-from spo.records import Prompt, PromptSet
+from spo.records import Attacked, Prompt, PromptSet
 
 _Curves = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 """(attack, defence) to the curves and pictures of the attack's independent runs."""
@@ -48,13 +47,29 @@ def attacked_sets(
                 folder=workshop.run_dir / "attack" / attack.name,
             )
             prompts = tuple(rewritten(base.prompts, material))
-            made.append(replace(base, condition=attack.name, prompts=prompts))
+            how = _attacked(base, attack)
+            made.append(replace(base, condition=attack.name, prompts=prompts, attack=how))
         elif inputs.attacked is not None:
             made.append(_with_pictures(sets[inputs.attacked], attack, defences, pictures))
             if attack.target == "corpus":
                 few = sets[inputs.attacked].prompts[: config.curve_prompts]
                 made += _curve_sets(replace(sets[inputs.attacked], prompts=few), attack, pictures)
     return made
+
+
+def _attacked(base: PromptSet, attack: AttackConfig, step: int | None = None) -> Attacked:
+    return Attacked(
+        attack=attack.name,
+        kind=attack.kind,
+        base=base.condition,
+        blind=_blind(attack).name if isinstance(attack, PgdConfig) and attack.adaptive else "",
+        step=step,
+    )
+
+
+def _blind(attack: PgdConfig) -> PgdConfig:
+    """The same attack, made on the unsteered model."""
+    return attack.model_copy(update={"adaptive": False})
 
 
 def _with_pictures(
@@ -67,20 +82,32 @@ def _with_pictures(
         return tuple(
             replace(
                 prompt,
-                prompt_id=with_picture(prompt.prompt_id, number),
+                prompt_id=_with_picture(prompt.prompt_id, number),
                 image=curve.get("pictures", {}).get(prompt.prompt_id, curve["attacked"]),
             )
             for number, curve in enumerate(pictures[attack.name, defence])
             for prompt in base.prompts
         )
 
+    several = range(1, len(pictures[attack.name, UNDEFENDED.name]))
     adaptive = {d.name: shown(d.name) for d in defences if (attack.name, d.name) in pictures}
     return replace(
         base,
         condition=f"{base.condition} {attack.name}",
         prompts=shown(UNDEFENDED.name),
         by_defence={name: part for name, part in adaptive.items() if name != UNDEFENDED.name},
+        attack=_attacked(base, attack),
+        pictures_of={
+            _with_picture(prompt.prompt_id, number): prompt.prompt_id
+            for number in several
+            for prompt in base.prompts
+        },
     )
+
+
+def _with_picture(prompt_id: str, number: int) -> str:
+    """Id of a prompt that is shown picture `number`, from 0, of an attack."""
+    return f"{prompt_id}@{number}" if number else prompt_id
 
 
 def _curve_sets(base: PromptSet, attack: PgdConfig, pictures: _Curves) -> list[PromptSet]:
@@ -91,6 +118,7 @@ def _curve_sets(base: PromptSet, attack: PgdConfig, pictures: _Curves) -> list[P
             condition=f"curve {attack.name} {defence} {look['step']}",
             prompts=tuple(replace(prompt, image=look["image"]) for prompt in base.prompts),
             only=defence,
+            attack=_attacked(base, attack, look["step"]),
         )
         for (name, defence), (curve, *_) in pictures.items()
         if name == attack.name == curve["attack"] and base.prompts
@@ -134,7 +162,7 @@ def _job(
     number: int,
 ) -> AttackJob:
     if defence is UNDEFENDED:  # without a defence the adaptive attack is the blind one
-        attack = attack.model_copy(update={"adaptive": False})
+        attack = _blind(attack)
     each = attack.target == "prompt"
     attacked = next(part for part in inputs.sets if part.condition == inputs.attacked)
     prompts = attacked.prompts if each else inputs.attack_prompts
@@ -143,6 +171,8 @@ def _job(
         targets = tuple(targets[i % len(targets)] for i in range(len(prompts)))
     return AttackJob(
         name=f"{attack.name}--{defence.name}{f'@{number}' if number else ''}",
+        attack=attack.name,
+        defence=defence.name,
         model=attack.made_on or workshop.model.path,
         revision=None if attack.made_on else workshop.model.revision,
         picture=inputs.attack_starts[number % len(inputs.attack_starts)],

@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from spo.evaluation.defences import Defence
 from spo.files import write_atomic
-from spo.records import EvaluatedAnswer, Prompt, PromptSet, SteeringSpec
+from spo.records import EvaluatedAnswer, Prompt, PromptSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,20 +31,18 @@ class CellStore:
     folder: Path
     identity: str
     """What all cells depend on: model, judges, scorers, seed."""
-    vectors: Mapping[str, str] = field(default_factory=dict)
-    """Content hash of each defence's vector."""
 
-    def path(self, prompt_set: PromptSet, defence: str, spec: SteeringSpec | None) -> Path:
+    def path(self, prompt_set: PromptSet, defence: Defence) -> Path:
         """File of one cell; other inputs, another file."""
         sampling = (prompt_set.samples, prompt_set.max_tokens, prompt_set.temperature)
-        prompts = prompt_set.prompts_for(defence)
+        prompts = prompt_set.prompts_for(defence.name)
         parts = (
-            *(self.identity, self.vectors.get(defence, ""), repr(spec), repr(sampling)),
+            *(self.identity, defence.sha256, repr(defence.spec), repr(sampling)),
             *(repr(prompts), repr(prompt_set.prompts), repr(sorted(prompt_set.references.items()))),
             *_picture_hashes(prompts),
         )
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-        name = re.sub(r"[^\w.-]+", "_", f"{prompt_set.condition}--{defence}")
+        name = re.sub(r"[^\w.-]+", "_", f"{prompt_set.condition}--{defence.name}")
         return self.folder / f"{name}-{digest}.json"
 
     def load(self, path: Path) -> Cell | None:

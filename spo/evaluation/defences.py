@@ -19,9 +19,13 @@ class Defence:
 
     name: str
     spec: SteeringSpec | None = None
-    vector: bytes = b""
+    """How its requests are steered; None leaves the model as it is."""
     sha256: str = ""
+    """Content that its vector must have; "" without one."""
+    vector: bytes = b""
+    """The vector itself, for attacks that go through the defence."""
     reminder: str = ""
+    """Words put before every request; "" for none."""
 
     def asked(self, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
         """The prompts as this defence hands them to the model."""

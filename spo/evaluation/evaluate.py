@@ -12,12 +12,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from spo.algorithms.metrics import bootstrap_interval, paired_interval
 from spo.config import EvaluateConfig
-from spo.engines.base import Sampler
-from spo.errors import ConfigError, DataError, EngineError, SteeringError
+from spo.engines.base import Sampler, confirm
+from spo.errors import ConfigError, DataError, EngineError
 from spo.evaluation.cell_store import Cell, CellStore
+from spo.evaluation.defences import Defence
 from spo.evaluation.measures import Instruments, Quarantine, Rows, measure
 from spo.evaluation.results import BASELINE, values_of
 from spo.records import (
@@ -29,7 +31,6 @@ from spo.records import (
     PromptSet,
     Rollout,
     Sampling,
-    SteeringSpec,
 )
 from spo.scorers.base import Check, ImageTextScorer, Judge, SuccessJudge
 
@@ -39,7 +40,7 @@ Progress = Callable[[int, int, str], None]
 
 def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
     engine: Sampler,
-    defences: Mapping[str, SteeringSpec | None],
+    defences: Sequence[Defence],
     prompt_sets: Sequence[PromptSet],
     *,
     judge: Judge,
@@ -55,7 +56,7 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
 
     Args:
         engine: holds every vector that the defences name.
-        defences: name to steering; `BASELINE` is the unsteered model (None).
+        defences: what the model is asked under; `BASELINE` is the unsteered model.
         prompt_sets: the conditions.
         judge: scores toxicity; never the reward model.
         alignment: scores answers to benign prompts with a picture; None leaves it out.
@@ -67,7 +68,7 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
         store: keeps finished cells and takes those that are there; None keeps nothing.
 
     Raises:
-        ConfigError: two sets share a name, or the baseline is steered.
+        ConfigError: two sets or two defences share a name, or the baseline is steered.
         DataError: two prompts of a set share an id, or no answer could be measured.
         SteeringError: a receipt is missing or not what was asked for.
         ScorerError: the judge or the alignment scorer answers with the wrong number of scores.
@@ -78,23 +79,21 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
     usable = [kept_out.without_bad_pictures(prompt_set) for prompt_set in prompt_sets]
     answers: list[EvaluatedAnswer] = []
     costs: dict[tuple[str, str], Mapping[str, float]] = {}
-    hashes: dict[str, set[str]] = {}
     planned = _planned(defences, usable)
     sizes = [len(part.prompts) * part.samples for _, part in planned]
     for number, (defence, part) in enumerate(planned):
-        cell = _cell(engine, part, defence, defences[defence], instruments, seed=seed, store=store)
-        answers += cell.answers
+        cell = _cell(engine, part, defence, instruments, seed=seed, store=store)
+        answers += _with_pictures(cell.answers, part)
         kept_out.reasons.update(cell.reasons)
-        costs[part.condition, defence] = cell.cost
-        hashes.setdefault(defence, set()).update(a.receipt_sha256 for a in cell.answers)
-        _check_one_vector(defence, hashes[defence])
+        costs[part.condition, defence.name] = cell.cost
         if progress:
-            progress(sum(sizes[: number + 1]), sum(sizes), f"{part.condition} / {defence}")
+            progress(sum(sizes[: number + 1]), sum(sizes), f"{part.condition} / {defence.name}")
     _check_any(answers, kept_out)
     return EvaluationReport(
         cells=_cells(answers, costs, config.bootstrap, seed),
         answers=tuple(answers),
         judge="; ".join([judge.name, *(f"success: {other.name}" for other in success)]),
+        attacks={part.condition: part.attack for part in prompt_sets if part.attack},
         quarantined=kept_out.rows(),
     )
 
@@ -102,25 +101,30 @@ def evaluate(  # noqa: PLR0913 - what is evaluated, three instruments, and how
 def _cell(
     engine: Sampler,
     prompt_set: PromptSet,
-    defence: str,
-    spec: SteeringSpec | None,
+    defence: Defence,
     instruments: Instruments,
     *,
     seed: int,
     store: CellStore | None,
 ) -> Cell:
     """One condition under one defence, taken from the store if it is there."""
-    path = store.path(prompt_set, defence, spec) if store else None
-    if store and path and (found := store.load(path)):
+    path = store.path(prompt_set, defence) if store else None
+    found = store.load(path) if store and path else None
+    if found and all(answer.receipt_sha256 == defence.sha256 for answer in found.answers):
         return found
     kept_out = Quarantine()
-    requests = _requests(prompt_set, defence, spec, seed)
+    requests = _requests(prompt_set, defence, seed)
     begin = time.monotonic()
     rollouts = _generate(engine, requests, prompt_set.condition, kept_out)
     seconds = time.monotonic() - begin
     for rollout in rollouts:
-        _confirmed_hash(rollout, defence, spec)
-    rows = Rows(prompt_set=prompt_set, defence=defence, rollouts=tuple(rollouts), steering=spec)
+        confirm(rollout.receipt, defence.spec, defence.sha256, answer=rollout.request_id)
+    rows = Rows(
+        prompt_set=prompt_set,
+        defence=defence.name,
+        rollouts=tuple(rollouts),
+        steering=defence.spec,
+    )
     cell = Cell(
         answers=tuple(measure(engine, rows, instruments, kept_out)),
         reasons=kept_out.reasons,
@@ -131,15 +135,21 @@ def _cell(
     return cell
 
 
+def _with_pictures(answers: Sequence[EvaluatedAnswer], part: PromptSet) -> list[EvaluatedAnswer]:
+    """Which answers are to one prompt: kept here, so that cells of older runs get it as well."""
+    shared = part.pictures_of
+    return [replace(answer, picture_of=shared.get(answer.prompt_id, "")) for answer in answers]
+
+
 def _planned(
-    defences: Mapping[str, SteeringSpec | None], prompt_sets: Sequence[PromptSet]
-) -> list[tuple[str, PromptSet]]:
+    defences: Sequence[Defence], prompt_sets: Sequence[PromptSet]
+) -> list[tuple[Defence, PromptSet]]:
     """Every cell: all defences on all sets, but a strength curve's point only on its own."""
     return [
         (defence, part)
         for defence in defences
         for part in prompt_sets
-        if part.only in (None, defence)
+        if part.only in (None, defence.name)
     ]
 
 
@@ -151,26 +161,19 @@ def _check_any(answers: Sequence[EvaluatedAnswer], kept_out: Quarantine) -> None
         )
 
 
-def _check_one_vector(defence: str, hashes: set[str]) -> None:
-    """All answers under one defence must come from one and the same vector."""
-    if len(hashes) > 1:
-        raise SteeringError(
-            f"defence {defence!r}: expected one vector behind all answers, the receipts name "
-            f"{sorted(found[:12] for found in hashes)}; publish one version and evaluate again"
-        )
-
-
-def _check_plan(
-    defences: Mapping[str, SteeringSpec | None], prompt_sets: Sequence[PromptSet]
-) -> None:
-    if defences.get(BASELINE) is not None:
-        raise ConfigError(
-            f"the defence {BASELINE!r} is the unsteered model and takes no steering, got "
-            f"{defences[BASELINE]}; give the steered one another name"
-        )
-    names = [prompt_set.condition for prompt_set in prompt_sets]
-    if len(set(names)) != len(names):
-        raise ConfigError(f"conditions must have different names, got {names}")
+def _check_plan(defences: Sequence[Defence], prompt_sets: Sequence[PromptSet]) -> None:
+    for defence in defences:
+        if defence.name == BASELINE and defence.spec is not None:
+            raise ConfigError(
+                f"the defence {BASELINE!r} is the unsteered model and takes no steering, got "
+                f"{defence.spec}; give the steered one another name"
+            )
+    for what, names in (
+        ("defences", [defence.name for defence in defences]),
+        ("conditions", [prompt_set.condition for prompt_set in prompt_sets]),
+    ):
+        if len(set(names)) != len(names):
+            raise ConfigError(f"{what} must have different names, got {names}")
     for prompt_set in prompt_sets:
         ids = [prompt.prompt_id for prompt in prompt_set.prompts]
         if len(set(ids)) != len(ids):
@@ -181,9 +184,7 @@ def _check_plan(
             )
 
 
-def _requests(
-    prompt_set: PromptSet, defence: str, spec: SteeringSpec | None, seed: int
-) -> list[GenerateRequest]:
+def _requests(prompt_set: PromptSet, defence: Defence, seed: int) -> list[GenerateRequest]:
     """Requests of one defence; seeds depend on prompt and sample only, so defences are paired."""
 
     def sampling(prompt: Prompt, sample: int) -> Sampling:
@@ -196,12 +197,12 @@ def _requests(
 
     return [
         GenerateRequest(
-            request_id=f"{prompt_set.condition}/{defence}/{prompt.prompt_id}/{sample}",
+            request_id=f"{prompt_set.condition}/{defence.name}/{prompt.prompt_id}/{sample}",
             prompt=prompt,
             sampling=sampling(prompt, sample),
-            steering=spec,
+            steering=defence.spec,
         )
-        for prompt in prompt_set.prompts_for(defence)
+        for prompt in prompt_set.prompts_for(defence.name)
         for sample in range(prompt_set.samples)
     ]
 
@@ -229,27 +230,6 @@ def _generate(
             "order; nothing of them is used"
         )
     return rollouts
-
-
-def _confirmed_hash(rollout: Rollout, defence: str, spec: SteeringSpec | None) -> str:
-    """Hash of the vector that the engine confirms; "" for the unsteered model."""
-    receipt = rollout.receipt
-    if spec is None:
-        if receipt is not None:
-            raise SteeringError(
-                f"{rollout.request_id}: defence {defence!r} asks for the unsteered model and the "
-                f"engine steered with {receipt.vector!r} version {receipt.version}"
-            )
-        return ""
-    names = ("vector", "version", "coefficient", "operator", "positions")
-    asked = {name: getattr(spec, name) for name in names}
-    applied = None if receipt is None else {name: getattr(receipt, name) for name in names}
-    if receipt is None or applied != asked:
-        raise SteeringError(
-            f"{rollout.request_id}: defence {defence!r} asked for {asked}, the engine confirms "
-            f"{applied}; the answer is not used. Publish the vector and evaluate again"
-        )
-    return receipt.sha256
 
 
 def _cells(

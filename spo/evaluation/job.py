@@ -32,7 +32,7 @@ def run_evaluate(config: RunConfig, reporter: Reporter, pools: Pools) -> None:
     success = open_success_judges(config.evaluate)
     report = evaluate(
         pools.rollouts,
-        {defence.name: defence.spec for defence in defences},
+        defences,
         [with_defences(part, defences) for part in sets],
         judge=open_judge(config.evaluate),
         alignment=AlignmentScorer(**fitting_arguments(config.reward, config.cache)),
@@ -44,7 +44,6 @@ def run_evaluate(config: RunConfig, reporter: Reporter, pools: Pools) -> None:
         store=CellStore(
             folder=config.run_dir / "cells",
             identity=repr((held, config.seed, config.evaluate.judge, [j.name for j in success])),
-            vectors={defence.name: defence.sha256 for defence in defences},
         ),
     )
     report = replace(report, quarantined=(*report.quarantined, *inputs.quarantined))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,10 @@ from rich.table import Table
 
 from spo.algorithms.metrics import paired_interval, runs_interval, unit_means
 from spo.errors import DataError
+from spo.evaluation.old_names import attacks_of_names, with_picture_ids
+from spo.files import write_atomic
 from spo.records import (
+    Attacked,
     EvaluatedAnswer,
     EvaluationCell,
     EvaluationReport,
@@ -94,16 +96,20 @@ def compare_defences(
     """
     sides = [[_conditions_of(report, name) for name in (defence, baseline)] for report in reports]
     shared = set.intersection(*({*groups} for pair in sides for groups in pair))
+    attacks = _attacks(reports)
     if BASELINE in (defence, baseline):
-        shared = {condition for condition in shared if _ADAPTIVE not in condition}
+        shared = {name for name in shared if name not in attacks or not attacks[name].adaptive}
     if not shared:
         raise DataError(f"{defence!r} and {baseline!r} have no condition in common in every run")
     names = sorted(shared)  # the bootstrap draws by place: a set's order changes with the process
-    pairs = [(_measured(new, names, defence), _measured(old, names, defence)) for new, old in sides]
+    pairs = [
+        (
+            _measured(new, names, attacks, label=defence),
+            _measured(old, names, attacks, label=defence),
+        )
+        for new, old in sides
+    ]
     return _changes(pairs, samples=samples)
-
-
-_ADAPTIVE = "adaptive-"
 
 
 def _groups(report: EvaluationReport) -> _Groups:
@@ -111,6 +117,10 @@ def _groups(report: EvaluationReport) -> _Groups:
     for answer in shown_conditions(report).answers:
         groups.setdefault((answer.condition, answer.defence), []).append(answer)
     return groups
+
+
+def _attacks(reports: Iterable[EvaluationReport]) -> dict[str, Attacked]:
+    return {name: attack for report in reports for name, attack in report.attacks.items()}
 
 
 def _values(groups: _Groups) -> _Values:
@@ -154,7 +164,11 @@ def _conditions_of(report: EvaluationReport, defence: str) -> dict[str, list[Eva
 
 
 def _measured(
-    groups: dict[str, list[EvaluatedAnswer]], conditions: Sequence[str], label: str
+    groups: dict[str, list[EvaluatedAnswer]],
+    conditions: Sequence[str],
+    attacks: Mapping[str, Attacked],
+    *,
+    label: str,
 ) -> _Values:
     """Values of one defence on some conditions, under the name `label`.
 
@@ -167,14 +181,22 @@ def _measured(
         return [answer for name in names for answer in groups[name]]
 
     parts = {(name, label): groups[name] for name in conditions}
-    for title, part in (("all PGD", "pgd-"), ("all adaptive PGD", _ADAPTIVE)):
-        pooled = [name for name in conditions if part in name]
+    made = {name: attacks[name] for name in conditions if name in attacks}
+    pgd = [name for name, attack in made.items() if attack.kind == "pgd"]
+    for title, pooled in (
+        ("all PGD", pgd),
+        ("all adaptive PGD", [name for name in pgd if made[name].adaptive]),
+    ):
         if len(pooled) > 1:
             parts[title, label] = joined(pooled)
     found = _values(parts)
-    blind = {name: name.replace(_ADAPTIVE, "") for name in conditions if _ADAPTIVE in name}
-    both = [name for name, other in blind.items() if other in conditions]
-    adapted, before = values_of(joined(both)), values_of(joined(blind[name] for name in both))
+    blind = {(attack.base, attack.attack): name for name, attack in made.items()}
+    twins = {
+        name: blind[attack.base, attack.blind]
+        for name, attack in made.items()
+        if (attack.base, attack.blind) in blind
+    }
+    adapted, before = values_of(joined(twins)), values_of(joined(twins.values()))
     for metric in ("toxicity", "success"):
         after, base = unit_means(adapted.get(metric, {})), unit_means(before.get(metric, {}))
         gains = {unit: [after[unit] - base[unit]] for unit in after if unit in base}
@@ -201,30 +223,20 @@ def format_comparison(
     return text.getvalue()
 
 
-CURVE = "curve "
-"""Opens the name of a condition that is one point of a strength curve."""
+def curve_points(report: EvaluationReport) -> dict[str, Attacked]:
+    """By condition: the points of strength curves."""
+    return {name: made for name, made in report.attacks.items() if made.step is not None}
 
 
 def shown_conditions(report: EvaluationReport) -> EvaluationReport:
     """The report without the points of strength curves, which have a plot of their own."""
+    points = curve_points(report)
     return replace(
         report,
-        cells=tuple(cell for cell in report.cells if not cell.condition.startswith(CURVE)),
-        answers=tuple(a for a in report.answers if not a.condition.startswith(CURVE)),
+        cells=tuple(cell for cell in report.cells if cell.condition not in points),
+        answers=tuple(answer for answer in report.answers if answer.condition not in points),
+        attacks={name: made for name, made in report.attacks.items() if name not in points},
     )
-
-
-_PICTURE = re.compile(r"@\d+$")
-
-
-def with_picture(prompt_id: str, number: int) -> str:
-    """Id of a prompt that is shown picture `number`, from 0, of an attack."""
-    return f"{prompt_id}@{number}" if number else prompt_id
-
-
-def without_picture(prompt_id: str) -> str:
-    """Inverse of `with_picture`: the id that all pictures of a prompt share."""
-    return _PICTURE.sub("", prompt_id)
 
 
 def values_of(answers: Iterable[EvaluatedAnswer]) -> dict[str, dict[str, list[float]]]:
@@ -232,9 +244,8 @@ def values_of(answers: Iterable[EvaluatedAnswer]) -> dict[str, dict[str, list[fl
     one prompt are not independent, whatever the picture."""
     values: dict[str, dict[str, list[float]]] = {}
     for answer in answers:
-        prompt = without_picture(answer.prompt_id)
         for name, value in answer.measures.items():
-            values.setdefault(name, {}).setdefault(prompt, []).append(value)
+            values.setdefault(name, {}).setdefault(answer.unit, []).append(value)
     return values
 
 
@@ -242,9 +253,7 @@ def save_report(report: EvaluationReport, path: Path) -> Path:
     """Write a report as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": _FORMAT, **asdict(report)}
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    partial.replace(path)
+    write_atomic(path, json.dumps(content, indent=1, allow_nan=False).encode())
     return path
 
 
@@ -254,9 +263,15 @@ def load_report(path: Path) -> EvaluationReport:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != _FORMAT:
             raise ValueError(f"its format is not {_FORMAT}")
+        answers = [EvaluatedAnswer(**answer) for answer in content.pop("answers")]
+        if "attacks" in content:
+            attacks = {name: Attacked(**made) for name, made in content.pop("attacks").items()}
+        else:
+            answers, attacks = with_picture_ids(answers), attacks_of_names(answers)
         return EvaluationReport(
             cells=tuple(_cell(cell) for cell in content.pop("cells")),
-            answers=tuple(EvaluatedAnswer(**answer) for answer in content.pop("answers")),
+            answers=tuple(answers),
+            attacks=attacks,
             quarantined=tuple(QuarantinedRow(**row) for row in content.pop("quarantined")),
             **content,
         )

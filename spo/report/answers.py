@@ -91,12 +91,12 @@ def card_groups(report: EvaluationReport, folder: Path) -> list[CardGroup]:
 
     def card(key: _Key, *, mixed: bool = False) -> Card:
         rows = [first[key][defence] for defence in defences if defence in first[key]]
-        return _card(rows, folder, condition_name(key[0]) if mixed else "")
+        return _card(rows, folder, condition_name(report, key[0]) if mixed else "")
 
     groups = []
     for condition in conditions_of(report):
         keys = _spaced([key for key in order if key[0] == condition], PER_CONDITION)
-        title = condition_name(condition)
+        title = condition_name(report, condition)
         cards = tuple(card(key) for key in keys)
         groups.append(CardGroup(title=title[:1].upper() + title[1:], cards=cards))
     final = final_defence(report)

@@ -214,7 +214,7 @@ def _toxicity(record: RunRecord, theme: Theme) -> Figure | None:
             )
     panel.set_xticks(
         range(len(conditions)),
-        [plot_label(condition_name(c), 28) for c in conditions],
+        [plot_label(condition_name(report, c), 28) for c in conditions],
         color=theme.ink,
         rotation=25 if len(conditions) > 3 else 0,
         ha="right" if len(conditions) > 3 else "center",
@@ -257,7 +257,7 @@ def _front(record: RunRecord, theme: Theme) -> Figure | None:
         colour = theme.of_defence(defence, defences)
         panel.plot([], [], "s", ms=7, color=colour, label=plot_label(defence_name(defence)))
     for c, condition in enumerate(conditions):
-        label = plot_label(condition_name(condition))
+        label = plot_label(condition_name(report, condition))
         panel.plot([], [], MARKERS[c % 8], ms=6, mfc="none", color=theme.ink, label=label)
     panel.margins(x=0.08)
     panel.set_ylim(bottom=0)

@@ -135,7 +135,7 @@ def _finding(
             f" Against Stage I alone {metric.change(against.mean)} "
             f"({metric.change_range(against)}): {_WORDS[metric.verdict(against)]}."
         )
-    name = condition_name(condition)
+    name = condition_name(report, condition)
     return Finding(lead=f"{name[:1].upper()}{name[1:]} ({new.count} prompts)", rest=text)
 
 
@@ -195,7 +195,7 @@ def tables(report: EvaluationReport) -> list[ConditionTable]:
         made.append(
             ConditionTable(
                 condition=condition,
-                title=condition_name(condition),
+                title=condition_name(report, condition),
                 prompts=max(counts, default=0),
                 metrics=metrics,
                 rows=tuple(rows),

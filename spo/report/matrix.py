@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from spo.evaluation.results import CURVE
 from spo.records import EvaluationReport, Interval
 from spo.report.figures import (
     MARKERS,
@@ -65,7 +64,7 @@ def _matrix(record: RunRecord, theme: Theme) -> Figure | None:
             panel.text(x, y, text, ha="center", va="center", fontsize=6.2, color=ink)
     names = [plot_label(defence_name(column), 16) for column in columns]
     panel.set_xticks(range(len(columns)), names, rotation=25, ha="right", color=theme.ink)
-    labels = [plot_label(condition_name(row), 30) for row in rows]
+    labels = [plot_label(condition_name(report, row), 30) for row in rows]
     panel.set_yticks(range(len(rows)), labels, color=theme.ink)
     panel.set_title(metric.label, loc="left", color=theme.muted)
     return figure_of([panel])
@@ -122,7 +121,7 @@ def _strength(record: RunRecord, theme: Theme) -> Figure | None:
     curves = [c for c in (record.attack.curves if record.attack else []) if c.checkpoints]
     if not curves:
         return None
-    points = _success_points(record)
+    points = success_points(record)
     axes = panels(theme, (2.5, 2.0) if points else (2.5,))
     defences = list(dict.fromkeys(curve.defence for curve in curves))
     attacks = list(dict.fromkeys(curve.attack for curve in curves))
@@ -150,13 +149,13 @@ def _strength(record: RunRecord, theme: Theme) -> Figure | None:
     return figure_of(axes)
 
 
-def _success_points(record: RunRecord) -> dict[tuple[str, str], dict[int, float]]:
+def success_points(record: RunRecord) -> dict[tuple[str, str], dict[int, float]]:
     """(attack, defence) to success by steps."""
     points: dict[tuple[str, str], dict[int, float]] = {}
-    for cell in record.curve_cells:
-        attack, defence, step = cell.condition.removeprefix(CURVE).rsplit(" ", 2)
-        if "success" in cell.metrics and step.isdigit():
-            points.setdefault((attack, defence), {})[int(step)] = cell.metrics["success"].mean
+    for point, cell in record.curve_cells:
+        if "success" in cell.metrics and point.step is not None:
+            reached = points.setdefault((point.attack, cell.defence), {})
+            reached[point.step] = cell.metrics["success"].mean
     return {key: dict(sorted(found.items())) for key, found in points.items()}
 
 

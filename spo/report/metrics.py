@@ -136,9 +136,9 @@ def defence_name(defence: str) -> str:
     return _DEFENCE_NAMES.get(defence, defence)
 
 
-def condition_name(condition: str) -> str:
+def condition_name(report: EvaluationReport, condition: str) -> str:
     """A condition in words."""
-    base, _, attack = condition.partition(" ")
-    if base in ("describe", "image") and attack:
-        return f"{attack.replace('-', ' ')} picture"
+    attacked = report.attacks.get(condition)
+    if attacked is not None and attacked.kind == "pgd":
+        return f"{attacked.attack.replace('-', ' ')} picture"
     return _CONDITION_NAMES.get(condition, condition)

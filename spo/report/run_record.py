@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
 
-from spo.errors import DataError
-from spo.evaluation.results import CURVE, load_report, shown_conditions
-from spo.records import EvaluationCell, EvaluationReport
+from spo.config.text import parse
+from spo.errors import ConfigError, DataError
+from spo.evaluation.results import curve_points, load_report, shown_conditions
+from spo.records import Attacked, EvaluationCell, EvaluationReport
 
 Number = Annotated[float, BeforeValidator(lambda v: float("nan") if v is None else v)]
 """A float; null becomes NaN, which plots as a gap."""
@@ -166,7 +166,7 @@ class RunRecord:
     """One entry for each step, in order; a step that was run again counts as its last run."""
     evaluation: EvaluationReport | None
     """Without the points of strength curves."""
-    curve_cells: tuple[EvaluationCell, ...]
+    curve_cells: tuple[tuple[Attacked, EvaluationCell], ...]
     """The points of strength curves."""
     attack: Attack | None
     environment: Mapping[str, Any]
@@ -194,15 +194,18 @@ def read_run(folder: Path) -> RunRecord:
         left_out=_left_out(folder / "leave_one_out.json", missing),
         history=_history(folder / "history.jsonl", missing),
         evaluation=shown_conditions(evaluation) if evaluation else None,
-        curve_cells=tuple(
-            cell
-            for cell in (evaluation.cells if evaluation else ())
-            if cell.condition.startswith(CURVE)
-        ),
+        curve_cells=_curve_cells(evaluation) if evaluation else (),
         attack=_model(Attack, folder / "attack.json", missing),
         environment=_mapping(folder / "environment.json", missing) or {},
         quarantined=_quarantine(folder / "quarantine.json", evaluation, missing),
         missing=missing,
+    )
+
+
+def _curve_cells(report: EvaluationReport) -> tuple[tuple[Attacked, EvaluationCell], ...]:
+    points = curve_points(report)
+    return tuple(
+        (points[cell.condition], cell) for cell in report.cells if cell.condition in points
     )
 
 
@@ -300,8 +303,8 @@ def _quarantine(
 
 def _name(config_text: str | None, folder: Path) -> str:
     try:
-        content = yaml.safe_load(config_text or "")
-    except yaml.YAMLError:
+        content = parse(config_text or "", "config.yaml")
+    except ConfigError:
         return folder.name
     name = content.get("name") if isinstance(content, dict) else None
     return name if isinstance(name, str) and name else folder.name

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from spo.errors import StageError
+from spo.errors import ArtifactError, StageError
+from spo.files import write_atomic
 from spo.report.answers import CHOICE, VEIL_FROM, attack_pictures, card_groups, png_address
 from spo.report.figures import Plot, draw_plots
 from spo.report.headline import findings, machine_readable, tables, tiles
@@ -54,16 +55,14 @@ def write_report(run_dir: Path) -> Path:
             (run_dir / "plots" / f"{plot.name}.png").write_bytes(plot.light)
         _replace(run_dir / "report.json", json.dumps(_summary(record, plots), indent=1))
         return _replace(run_dir / "report.html", page)
-    except OSError as error:
+    except (OSError, ArtifactError) as error:
         raise StageError(
             f"cannot write the report to {run_dir}: {error}; free space or make it writable"
         ) from error
 
 
 def _replace(path: Path, text: str) -> Path:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_atomic(path, text.encode())
     return path
 
 

@@ -14,7 +14,7 @@ _LOG = logging.getLogger("spo.serving.access")
 
 
 @dataclass(slots=True, kw_only=True)
-class Outcome:
+class AccessRecord:
     """One chat request, filled in as it goes on."""
 
     request_id: str = ""
@@ -62,7 +62,7 @@ def log_to_stderr() -> None:
 class Meter(Protocol):
     """Where figures go."""
 
-    def finished(self, outcome: Outcome) -> None:
+    def finished(self, outcome: AccessRecord) -> None:
         """A chat request ended, one way or the other."""
         ...
 
@@ -78,7 +78,7 @@ class Meter(Protocol):
 class LogMeter:
     """Figures nowhere but in the log."""
 
-    def finished(self, outcome: Outcome) -> None:
+    def finished(self, outcome: AccessRecord) -> None:
         """Nothing more."""
 
     def in_flight(self, count: int) -> None:
@@ -88,7 +88,7 @@ class LogMeter:
         """Nothing more."""
 
 
-def log_outcome(outcome: Outcome) -> None:
+def log_outcome(outcome: AccessRecord) -> None:
     """One JSON line."""
     row = asdict(outcome)
     row["seconds"] = round(outcome.seconds, 4)

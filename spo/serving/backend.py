@@ -16,9 +16,9 @@ from ray.serve.exceptions import (
 )
 
 from spo.config.serving import ServeConfig
+from spo.engines.base import confirm
 from spo.engines.chat import ChatAnswer, ChatDelta, ChatRequest
 from spo.errors import EngineError, SpoError
-from spo.serving.engine_host import check_receipt
 from spo.serving.metrics import RayMeter
 from spo.serving.problems import Problem
 from spo.serving.registry import Snapshot
@@ -91,7 +91,7 @@ class RayBackend:
             except Exception as error:
                 raise cause_of(error) from error
             else:
-                check_receipt(request, answer)
+                confirm(answer.receipt, request.steering, request.sha256, answer=request.request_id)
                 return answer
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -103,7 +103,12 @@ class RayBackend:
                 async for event in events:
                     started = True
                     if isinstance(event, ChatAnswer):
-                        check_receipt(request, event)
+                        confirm(
+                            event.receipt,
+                            request.steering,
+                            request.sha256,
+                            answer=request.request_id,
+                        )
                     yield event
                 return
             except (*_LOST, asyncio.CancelledError) as error:

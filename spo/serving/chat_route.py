@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from spo.engines.chat import ChatAnswer, ChatDelta
 from spo.errors import DataError, SpoError, SteeringError
-from spo.serving.access_log import Meter, Outcome, log_outcome
+from spo.serving.access_log import AccessRecord, Meter, log_outcome
 from spo.serving.keys import Caller, Key
 from spo.serving.problems import Problem
 from spo.serving.schema import (
@@ -107,7 +107,7 @@ class _Visit:
         self._key = key
         self._begin = time.monotonic()
         self._inside = False
-        self.outcome = Outcome(key=key.name)
+        self.outcome = AccessRecord(key=key.name)
 
     async def answer(self, body: ChatCompletionRequest) -> Response:
         self.outcome.streamed = body.stream

@@ -22,9 +22,9 @@ from ray.serve.config import AutoscalingConfig
 from spo.artifact import SteeringArtifact
 from spo.config import EngineConfig
 from spo.config.serving import ServeConfig
+from spo.engines.base import KEPT_VERSIONS
 from spo.engines.chat import ChatAnswer, ChatDelta, ChatEngine, ChatRequest, PlainChatEngine
 from spo.engines.factory import open_engine
-from spo.engines.vllm.vector_table import KEPT_VERSIONS
 from spo.records import Operator, Positions
 from spo.serving.access_log import log_to_stderr
 from spo.serving.app import build_app

@@ -50,14 +50,14 @@ class EngineHost:
         await self._ensure_for(request)
         async for event in self.engine.stream(request):
             if isinstance(event, ChatAnswer):
-                check_receipt(request, event)
+                confirm(event.receipt, request.steering, request.sha256, answer=request.request_id)
             yield event
 
     async def complete(self, request: ChatRequest) -> ChatAnswer:
         """See `ChatEngine.complete`; the receipt matches the request."""
         await self._ensure_for(request)
         answer = await self.engine.complete(request)
-        check_receipt(request, answer)
+        confirm(answer.receipt, request.steering, request.sha256, answer=request.request_id)
         return answer
 
     async def _ensure_for(self, request: ChatRequest) -> None:
@@ -103,8 +103,3 @@ class EngineHost:
 
     def _ready(self, name: str, number: int) -> bool:
         return (name, number) in self._proven and self.engine.holds(name, number)
-
-
-def check_receipt(request: ChatRequest, answer: ChatAnswer) -> None:
-    """Raise SteeringError unless an answer was steered exactly as asked."""
-    confirm(request.request_id, answer.receipt, request.steering, request.sha256)

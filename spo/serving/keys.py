@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from spo.errors import ConfigError
+from spo.files import write_atomic
 from spo.serving.problems import Problem
 
 _PREFIX = "spo-"
@@ -109,11 +109,7 @@ def add_key(path: Path, key: Key) -> None:
         {"name": k.name, "sha256": k.sha256, "scopes": sorted(k.scopes)} for k in (*keys, key)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump({"keys": rows}, file, indent=1)
-    part.replace(path)
+    write_atomic(path, json.dumps({"keys": rows}, indent=1).encode(), mode=0o600)
 
 
 class KeyRing:

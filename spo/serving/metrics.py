@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from spo.serving.access_log import Outcome
+from spo.serving.access_log import AccessRecord
 
 _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0]
 _TAGS = ("vector", "version")
@@ -45,7 +45,7 @@ class RayMeter:
             tag_keys=("vector", "role"),
         )
 
-    def finished(self, outcome: Outcome) -> None:
+    def finished(self, outcome: AccessRecord) -> None:
         tags = {"vector": outcome.vector, "version": str(outcome.version)}
         self._requests.inc(1, {**tags, "status": str(outcome.status), "code": outcome.code})
         if outcome.status != 200:

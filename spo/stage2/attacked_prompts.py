@@ -81,6 +81,8 @@ def _jobs(
     return [
         AttackJob(
             name=f"{attack.name}-{number}--{start_name if attack.adaptive else 'none'}",
+            attack=attack.name,
+            defence=start_name if attack.adaptive else "none",
             model=attack.made_on or model.path,
             revision=None if attack.made_on else model.revision,
             picture=picture,

@@ -16,16 +16,27 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from spo.config import RewardConfig, RolloutConfig, SteeringConfig
-from spo.engines.base import LogprobRequest, Sampler
+from spo.algorithms.objectives import is_informative
+from spo.config import LearnConfig, RewardConfig, RolloutConfig, SteeringConfig
+from spo.engines.base import LogprobRequest, Sampler, confirm
 from spo.errors import DataError, StageError
-from spo.records import Batch, PromptKind, RewardStatus, Rollout, ScoredRollout, SteeringSpec
+from spo.records import (
+    Batch,
+    Prompt,
+    PromptKind,
+    RewardStatus,
+    Rollout,
+    ScoredRollout,
+    SteeringSpec,
+)
 from spo.scorers.rewards import costs_of, reward_of
-from spo.stage2.history import IdleClock, Recorder
+from spo.stage2.history import IdleClock, Recorder, Sink, open_sinks
 from spo.stage2.ledger import Fate, Ledger
-from spo.stage2.schedule import Schedule, Slot, receipt_sha, within
+from spo.stage2.schedule import GroupSlot, Schedule, done_by
 from spo.vector import SteeringVector
 
 VECTOR_NAME = "spo"
@@ -41,7 +52,7 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class CoordinatorSettings:
     """What a coordinator needs of a run's configuration."""
 
     steering: SteeringConfig
@@ -52,8 +63,56 @@ class Settings:
     """Number of steps of the run; nothing is sampled beyond."""
     informative: Callable[[Sequence[float]], bool]
     """Rewards of answers to one harmful prompt -> whether there is something to learn from."""
+    seed: int = 0
+    """Decides orders of prompts and sampling seeds."""
     name: str = VECTOR_NAME
     """Under which vectors are published; unique among the callers of one set of engines."""
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        steering: SteeringConfig,
+        rollout: RolloutConfig,
+        reward: RewardConfig,
+        learn: LearnConfig,
+        seed: int,
+        name: str,
+    ) -> CoordinatorSettings:
+        """Those of a learner with this configuration."""
+        return cls(
+            steering=steering,
+            rollout=rollout,
+            reward=reward,
+            steps=learn.steps,
+            informative=partial(is_informative, config=learn),
+            seed=seed,
+            name=name,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorFiles:
+    """What a coordinator writes; nothing by default."""
+
+    history: Path | None = None
+    """Figures, one JSON line a step."""
+    ledger: Path | None = None
+    """Fate of every answer, JSON lines."""
+    rollouts: Path | None = None
+    """Folder of Parquet files, one a step."""
+    sinks: Sequence[Sink] = ()
+    """Where figures go besides."""
+
+    @classmethod
+    def named(cls, folder: Path, name: str, loggers: Sequence[str]) -> CoordinatorFiles:
+        """All of them in one folder, told from those of another coordinator by `name`."""
+        return cls(
+            history=folder / f"history-{name}.jsonl",
+            ledger=folder / f"ledger-{name}.jsonl",
+            rollouts=folder / "rollouts" / name,
+            sinks=open_sinks(loggers, folder, name),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +134,7 @@ class _Group:
 
 
 class Coordinator:
-    """Makes one batch of scored rollouts for each step.
+    """Makes one batch of scored rollouts for each step. Made by `make_coordinator`.
 
     Args:
         schedule: prompts by slot.
@@ -91,14 +150,14 @@ class Coordinator:
         schedule: Schedule,
         rollouts: Sampler,
         scorer: Scorer,
-        settings: Settings,
+        settings: CoordinatorSettings,
         *,
-        ledger: Ledger | None = None,
-        recorder: Recorder | None = None,
+        ledger: Ledger,
+        recorder: Recorder,
     ) -> None:
         self.schedule = schedule
-        self.ledger = ledger or Ledger()
-        self.recorder = recorder or Recorder(settings.reward)
+        self.ledger = ledger
+        self.recorder = recorder
         self._rollouts = rollouts
         self._scorer = scorer
         self._steering = settings.steering
@@ -260,7 +319,7 @@ class Coordinator:
                 return group
         return None
 
-    async def _group(self, slot: Slot) -> tuple[_Group | None, bool]:
+    async def _group(self, slot: GroupSlot) -> tuple[_Group | None, bool]:
         """One attempt: the group or None, and whether another prompt may do better."""
         policy = self._policy
         assert policy is not None
@@ -276,7 +335,8 @@ class Coordinator:
             self._dropped[slot.step]["prompt cannot be used"] += len(ids)
             return None, True
         sampled = time.monotonic()
-        self._check_receipts(rollouts, policy)
+        for rollout in rollouts:
+            confirm(rollout.receipt, policy.spec, policy.sha256, answer=rollout.request_id)
         scores = await self._in_thread(self._scorer.score, rollouts)
         self._costs[slot.step] += scores
         spent = self._seconds[slot.step]
@@ -297,7 +357,7 @@ class Coordinator:
             for i in range(count)
         ]
         strict = self._config.max_staleness == 0
-        found = await within(
+        found = await done_by(
             calls,
             deadline_s=None if strict else self._config.group_deadline_s,
             enough=self._config.min_group,
@@ -307,7 +367,7 @@ class Coordinator:
 
     def _judge(
         self,
-        slot: Slot,
+        slot: GroupSlot,
         policy: _Policy,
         rollouts: Sequence[Rollout],
         scores: Sequence[Mapping[str, float]],
@@ -368,7 +428,11 @@ class Coordinator:
         items = [item.rollout for group in groups for item in group.items[:1]][:count]
         if not items or policy is None or policy.step != step or self._config.static:
             return {}
-        fresh = {r.request_id: r.logprob for r in items if receipt_sha(r) == policy.sha256}
+        fresh = {
+            r.request_id: r.logprob
+            for r in items
+            if r.receipt and r.receipt.sha256 == policy.sha256
+        }
         if len(fresh) == len(items):
             return fresh
         requests = [
@@ -383,14 +447,35 @@ class Coordinator:
         values = await self._in_thread(self._rollouts.logprobs, requests)
         return {r.request_id: sum(v) for r, v in zip(items, values, strict=True)}
 
-    def _check_receipts(self, rollouts: Sequence[Rollout], policy: _Policy) -> None:
-        for item in rollouts:
-            if receipt_sha(item) != policy.sha256:
-                raise StageError(
-                    f"rollout {item.request_id!r} has no receipt for vector {policy.sha256[:12]}: "
-                    "the engine did not steer it. Nothing was learned from it"
-                )
-
     async def _in_thread(self, call: Callable[..., _Result], *arguments: Any) -> _Result:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, call, *arguments)
+
+
+def make_coordinator(
+    prompts: Sequence[Prompt],
+    rollouts: Sampler,
+    scorer: Scorer,
+    settings: CoordinatorSettings,
+    files: CoordinatorFiles | None = None,
+) -> Coordinator:
+    """The one way to a coordinator.
+
+    Args:
+        prompts: training prompts of both kinds.
+        rollouts: engine or pool.
+        scorer: reward models.
+        settings: slices of the configuration.
+        files: what it writes; None keeps nothing.
+    """
+    files = files or CoordinatorFiles()
+    return Coordinator(
+        Schedule(prompts, settings.rollout, settings.seed),
+        rollouts,
+        scorer,
+        settings,
+        ledger=Ledger(files.ledger),
+        recorder=Recorder(
+            settings.reward, history=files.history, rollouts=files.rollouts, sinks=files.sinks
+        ),
+    )

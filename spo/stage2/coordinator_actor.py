@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,21 +11,15 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from spo.actors.engine_pool import EnginePool
 from spo.actors.restarts import await_back
 from spo.actors.reward_pool import RewardPool
-from spo.algorithms.objectives import is_informative
-from spo.config import (
-    EngineConfig,
-    LearnConfig,
-    RewardConfig,
-    RolloutConfig,
-    SteeringConfig,
-)
-from spo.engines.base import Sampler
+from spo.config import EngineConfig
 from spo.errors import StageError
 from spo.records import Batch, Prompt, QuarantinedRow
-from spo.stage2.coordinator import VECTOR_NAME, Coordinator, Scorer, Settings
-from spo.stage2.history import Recorder, open_sinks
-from spo.stage2.ledger import Ledger
-from spo.stage2.schedule import Schedule
+from spo.stage2.coordinator import (
+    Coordinator,
+    CoordinatorFiles,
+    CoordinatorSettings,
+    make_coordinator,
+)
 from spo.vector import SteeringVector
 
 _MAX_TRIES = 3
@@ -112,70 +103,33 @@ class CoordinatorLink:
         raise StageError(f"the coordinator was lost {_MAX_TRIES} times in a row; see its log")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopSettings:
-    """The slices of a configuration that the preference loop works by."""
-
-    seed: int
-    steering: SteeringConfig
-    rollout: RolloutConfig
-    reward: RewardConfig
-    learn: LearnConfig
-
-
-def make_coordinator(
-    prompts: list[Prompt],
-    config: LoopSettings,
-    rollouts: Sampler,
-    scorer: Scorer,
-    history: Path,
-) -> Coordinator:
-    """A coordinator that keeps its files beside `history` (`history-NAME.jsonl`)."""
-    name = history.stem.removeprefix("history-")
-    folder = history.parent
-    return Coordinator(
-        Schedule(prompts, config.rollout, config.seed),
-        rollouts,
-        scorer,
-        Settings(
-            steering=config.steering,
-            rollout=config.rollout,
-            reward=config.reward,
-            steps=config.learn.steps,
-            informative=partial(is_informative, config=config.learn),
-            name=f"{VECTOR_NAME}-{name}",
-        ),
-        ledger=Ledger(folder / f"ledger-{name}.jsonl"),
-        recorder=Recorder(
-            config.reward,
-            history=history,
-            rollouts=folder / "rollouts" / name,
-            sinks=open_sinks(config.learn.loggers, folder, name),
-        ),
-    )
-
-
 def start_coordinator(
-    config: LoopSettings, engine: EngineConfig, prompts: list[Prompt], prefix: str, history: Path
+    prompts: list[Prompt],
+    settings: CoordinatorSettings,
+    engine: EngineConfig,
+    prefix: str,
+    files: Callable[[], CoordinatorFiles],
 ) -> Any:
-    """The coordinator as a named actor, which Ray restarts."""
+    """The coordinator as a named actor, which Ray restarts; `files` opens what it writes, there."""
     placed = ray.remote(CoordinatorActor).options(
         name=f"{prefix}-coordinator", num_cpus=0, max_restarts=3
     )
-    arguments = {"prompts": prompts, "config": config, "engine": engine}
-    return placed.remote(
-        _connected_coordinator, {**arguments, "prefix": prefix, "history": history}
-    )
+    arguments = {"prompts": prompts, "settings": settings, "engine": engine}
+    return placed.remote(_connected_coordinator, {**arguments, "prefix": prefix, "files": files})
 
 
 def _connected_coordinator(
-    prompts: list[Prompt], config: LoopSettings, engine: EngineConfig, prefix: str, history: Path
+    prompts: list[Prompt],
+    settings: CoordinatorSettings,
+    engine: EngineConfig,
+    prefix: str,
+    files: Callable[[], CoordinatorFiles],
 ) -> Coordinator:
     """Built inside the coordinator's own process, which finds the pools by name."""
     return make_coordinator(
         prompts,
-        config,
         EnginePool.connect(prefix, engine),
-        RewardPool.connect(prefix, config.reward),
-        history,
+        RewardPool.connect(prefix, settings.reward),
+        settings,
+        files(),
     )

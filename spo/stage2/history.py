@@ -19,6 +19,7 @@ import numpy as np
 from spo.config import RewardConfig
 from spo.config.rewards import CROSSCHECK, HarmPart, LlmPart, ToxicityPart
 from spo.errors import ConfigError
+from spo.files import replaced
 from spo.records import Batch
 
 _LOG = logging.getLogger(__name__)
@@ -262,6 +263,5 @@ def _write_rollouts(batch: Batch, path: Path) -> None:
         for item in group
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    waiting = path.with_suffix(".part")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), waiting)
-    waiting.rename(path)
+    with replaced(path) as part:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), part)

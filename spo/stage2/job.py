@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from spo.resolve import learner_model, open_corpus
 from spo.run_folder import keep_quarantined
 from spo.stage1.job import build_artifact
 from spo.stage2.attacked_prompts import with_attacked
-from spo.stage2.coordinator import VECTOR_NAME
-from spo.stage2.coordinator_actor import LoopSettings, start_coordinator
+from spo.stage2.coordinator import VECTOR_NAME, CoordinatorFiles, CoordinatorSettings
+from spo.stage2.coordinator_actor import start_coordinator
 from spo.stage2.worker import TrainLoopSettings, fit
 
 
@@ -94,7 +95,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     )
     history = config.run_dir / f"history-{digest}.jsonl"
     history.touch()
-    coordinator = _coordinator(config, task, pools, history, reporter)
+    coordinator = _coordinator(config, task, pools, reporter)
     settings = TrainLoopSettings(
         model=learner_model(config.engine, pools.model),
         revision=pools.model.revision,
@@ -130,9 +131,7 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
     return artifact
 
 
-def _coordinator(
-    config: RunConfig, task: Task, pools: Pools, history: Path, reporter: Reporter
-) -> Any:
+def _coordinator(config: RunConfig, task: Task, pools: Pools, reporter: Reporter) -> Any:
     """The coordinator's actor, on the training prompts with their attacked pictures."""
     prompts = with_attacked(
         task.prompts,
@@ -144,14 +143,16 @@ def _coordinator(
         ),
         reporter=reporter,
     )
-    loop = LoopSettings(
-        seed=config.seed,
+    settings = CoordinatorSettings.of(
         steering=config.steering,
         rollout=config.rollout,
         reward=config.reward,
         learn=config.learn,
+        seed=config.seed,
+        name=f"{VECTOR_NAME}-{task.digest}",
     )
-    return start_coordinator(loop, config.engine, prompts, pools.prefix, history)
+    files = partial(CoordinatorFiles.named, config.run_dir, task.digest, config.learn.loggers)
+    return start_coordinator(prompts, settings, config.engine, pools.prefix, files)
 
 
 def load_artifact(config: RunConfig, name: str, pools: Pools) -> SteeringArtifact:

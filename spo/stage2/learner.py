@@ -11,8 +11,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,6 +56,26 @@ class Update:
     """Whether the step was not taken, because KL on benign prompts was over its cap."""
     seconds: float
     alarms: tuple[str, ...] = ()
+
+
+def step_figures(update: Update, vector: SteeringVector, start: SteeringVector) -> dict[str, Any]:
+    """What a learner tells its coordinator about a step.
+
+    Args:
+        update: the step.
+        vector: the vector after it.
+        start: the vector before the first step.
+    """
+    cosines = torch.nn.functional.cosine_similarity(vector.directions, start.directions, dim=1)
+    figures = asdict(update)
+    return {
+        **figures,
+        "version": update.step + 1,
+        "alarms": list(update.alarms),
+        "doses": vector.doses.tolist(),
+        "cos_to_init": cosines.tolist(),
+        "learn_s": figures.pop("seconds"),
+    }
 
 
 @dataclass(slots=True, kw_only=True)

@@ -16,12 +16,12 @@ import numpy as np
 
 from spo.config import RolloutConfig
 from spo.errors import DataError, StageError
-from spo.records import GenerateRequest, Prompt, PromptKind, Rollout, Sampling, SteeringSpec
+from spo.records import GenerateRequest, Prompt, PromptKind, Sampling, SteeringSpec
 
 _Item = TypeVar("_Item")
 
 
-async def within(
+async def done_by(
     calls: Sequence[asyncio.Future[list[_Item]]], *, deadline_s: float | None, enough: int
 ) -> list[_Item]:
     """Items of all calls, or of those that are done at the deadline.
@@ -49,7 +49,7 @@ async def within(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slot:
+class GroupSlot:
     """One attempt to fill one place of a batch with a group of answers to one prompt."""
 
     step: int
@@ -94,7 +94,7 @@ class Schedule:
         """Groups of a batch."""
         return self._config.harm_prompts + self._config.benign_prompts
 
-    def slot(self, step: int, place: int, attempt: int) -> Slot:
+    def slot(self, step: int, place: int, attempt: int) -> GroupSlot:
         """The slot, with its prompt."""
         harmful = place < self._config.harm_prompts
         kind = PromptKind.HARM if harmful else PromptKind.BENIGN
@@ -106,7 +106,7 @@ class Schedule:
             order = np.random.default_rng([self._seed, epoch]).permutation(len(pool))
             prompt = pool[order[position]]
             if prompt.prompt_id not in self.banned:
-                return Slot(step=step, place=place, attempt=0, prompt=prompt)
+                return GroupSlot(step=step, place=place, attempt=0, prompt=prompt)
         usable = [prompt for prompt in pool if prompt.prompt_id not in self.banned]
         if not usable:
             raise StageError(
@@ -115,9 +115,9 @@ class Schedule:
             )
         draw = np.random.default_rng([self._seed, step, place, attempt, 1])
         prompt = usable[int(draw.integers(len(usable)))]
-        return Slot(step=step, place=place, attempt=attempt, prompt=prompt)
+        return GroupSlot(step=step, place=place, attempt=attempt, prompt=prompt)
 
-    def requests(self, slot: Slot, spec: SteeringSpec) -> list[GenerateRequest]:
+    def requests(self, slot: GroupSlot, spec: SteeringSpec) -> list[GenerateRequest]:
         """The generations of a group; each is seeded by its own id."""
         return [self._request(f"{slot.group_id}/{i}", slot.prompt, spec) for i in self._samples()]
 
@@ -137,8 +137,3 @@ class Schedule:
             ),
             steering=spec,
         )
-
-
-def receipt_sha(rollout: Rollout) -> str:
-    """Hash of the vector that the engine says it steered with; "" without a receipt."""
-    return rollout.receipt.sha256 if rollout.receipt else ""

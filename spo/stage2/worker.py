@@ -22,7 +22,7 @@ from spo.config import LearnConfig, SteeringConfig
 from spo.engines.factory import open_learner_engine
 from spo.errors import StageError
 from spo.stage2.coordinator_actor import CoordinatorLink
-from spo.stage2.learner import VECTOR_FILE, Update, VectorLearner
+from spo.stage2.learner import VECTOR_FILE, Update, VectorLearner, step_figures
 from spo.stage2.loop import train as preference_loop
 from spo.vector import SteeringVector
 
@@ -96,9 +96,10 @@ def _worker(train_loop_config: Mapping[str, Any]) -> None:
     settings: TrainLoopSettings = train_loop_config["settings"]
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    start = SteeringVector.from_bytes(settings.vector)
     learner = VectorLearner(
         open_learner_engine(settings.model, settings.revision, settings.config),
-        SteeringVector.from_bytes(settings.vector),
+        start,
         steering=settings.steering,
         config=settings.config,
         all_reduce=_average if world > 1 else None,
@@ -115,7 +116,7 @@ def _worker(train_loop_config: Mapping[str, Any]) -> None:
             link.restore(json.loads((Path(folder) / _COORDINATOR).read_text()))
 
     def after_step(update: Update, vector: SteeringVector) -> None:
-        snapshot = link.record(_figures(update, vector, settings)) if rank == 0 else None
+        snapshot = link.record(step_figures(update, vector, start)) if rank == 0 else None
         link.snapshot = _shared(snapshot, world)
         with tempfile.TemporaryDirectory() as folder:
             learner.save(Path(folder), update.step + 1)
@@ -144,24 +145,3 @@ def _shared(snapshot: Mapping[str, Any] | None, world: int) -> Mapping[str, Any]
 def _average(gradient: Tensor) -> None:
     torch.distributed.all_reduce(gradient)
     gradient /= torch.distributed.get_world_size()
-
-
-def _figures(update: Update, vector: SteeringVector, settings: TrainLoopSettings) -> dict[str, Any]:
-    start = SteeringVector.from_bytes(settings.vector)
-    cosines = torch.nn.functional.cosine_similarity(vector.directions, start.directions, dim=1)
-    return {
-        "step": update.step,
-        "version": update.step + 1,
-        "loss": update.loss,
-        "kl": update.kl,
-        "kl_benign": update.kl_benign,
-        "grad_norm": update.grad_norm,
-        "logprob_gap": update.logprob_gap,
-        "ratio": update.ratio,
-        "learning_rate": update.learning_rate,
-        "rejected": update.rejected,
-        "alarms": list(update.alarms),
-        "doses": vector.doses.tolist(),
-        "cos_to_init": cosines.tolist(),
-        "learn_s": update.seconds,
-    }

@@ -13,10 +13,10 @@ from dataclasses import replace
 from spo.actors.pools import Pools
 from spo.artifact import SteeringArtifact
 from spo.evaluation import evaluate, format_table, save_report
+from spo.evaluation.defences import UNDEFENDED, Defence
 from spo.evaluation.job import HEADLINE_METRICS
 from spo.files import write_atomic
 from spo.progress import Reporter
-from spo.records import SteeringSpec
 from spo.resolve import fitting_arguments, open_corpus, open_judge
 from spo.sweep.outcome import Outcome, balanced
 
@@ -38,12 +38,13 @@ def compare_heldout(outcome: Outcome, pools: Pools, reporter: Reporter) -> None:
     settings = base.evaluate.model_copy(update={"attacks": ()})
     config = base.model_copy(update={"evaluate": settings})
     inputs = open_corpus(config.corpus).evaluation_inputs()
-    defences: dict[str, SteeringSpec | None] = {"none": None}
+    defences = [UNDEFENDED]
     for name, digest in ((BASE_DEFENCE, outcome.base.digest), (FOUND, chosen.result.digest)):
         artifact = SteeringArtifact.load(folder.trial(digest) / "artifact", model_id=None)
         published = f"heldout-{name}-{digest}"
         pools.rollouts.publish(published, artifact.vector, 0)
-        defences[name] = artifact.spec(published)
+        spec = artifact.spec(published)
+        defences.append(Defence(name=name, spec=spec, sha256=artifact.vector.sha256))
     from spo.scorers.alignment import AlignmentScorer
 
     report = evaluate(

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from spo.config import RunConfig
 from spo.config.base import Positive, Slice
 from spo.config.load import assign_override, merge, read_run, read_yaml, split_override, validated
+from spo.config.text import dump
 from spo.errors import ConfigError, DataError
 
 Metric = Literal["toxicity", "utility", "kl", "nll", "degenerate"]
@@ -194,7 +194,7 @@ class SweepConfig(Slice):
     def to_yaml(self) -> str:
         """The resolved sweep."""
         content = self.model_dump(mode="json", exclude_defaults=True)
-        return yaml.safe_dump({"name": self.name, **content}, sort_keys=False)
+        return dump({"name": self.name, **content})
 
 
 def load_sweep(path: Path | None, overrides: Sequence[str] = ()) -> tuple[SweepConfig, RunConfig]:

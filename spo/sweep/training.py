@@ -5,26 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spo.algorithms.objectives import is_informative
 from spo.config import RunConfig
 from spo.engines.base import Sampler
 from spo.engines.forward import DifferentiableEngine
 from spo.errors import DataError
-from spo.records import Batch
-from spo.stage2.coordinator import Coordinator, Settings
-from spo.stage2.coordinator_thread import BackgroundLoop
-from spo.stage2.history import Recorder
-from spo.stage2.learner import Update, VectorLearner
-from spo.stage2.ledger import Ledger
+from spo.stage2.coordinator import CoordinatorFiles, CoordinatorSettings, make_coordinator
+from spo.stage2.coordinator_thread import CoordinatorThread
+from spo.stage2.learner import Update, VectorLearner, step_figures
 from spo.stage2.loop import train
-from spo.stage2.schedule import Schedule
 from spo.sweep.slot_office import trained_name
-from spo.sweep.validation import Scorer, Split
+from spo.sweep.validation import PromptSplit, Scorer
 from spo.vector import SteeringVector
 
 _KEPT_CHECKPOINTS = 2
@@ -50,7 +43,7 @@ class TrialTraining:
         digest: str,
         folder: Path,
         *,
-        split: Split,
+        split: PromptSplit,
         sampler: Sampler,
         scorer: Scorer,
         open_engine: Callable[[RunConfig], DifferentiableEngine],
@@ -59,26 +52,24 @@ class TrialTraining:
         self._folder = folder
         self._open_engine = open_engine
         self._learner: VectorLearner | None = None
-        self._settings = Settings(
-            steering=config.steering,
-            rollout=config.rollout,
-            reward=config.reward,
-            steps=config.learn.steps,
-            informative=partial(is_informative, config=config.learn),
-            name=trained_name(digest),
-        )
-        self._coordinator = Coordinator(
-            Schedule(list(split.train), config.rollout, config.seed),
-            sampler,
-            scorer,
-            self._settings,
-            ledger=Ledger(folder / "ledger.jsonl"),
-            recorder=Recorder(config.reward, history=folder / "history.jsonl"),
-        )
         engine = config.engine
-        # One loop for all rungs: rollouts of the next step are under way when a rung ends.
-        self._loop = BackgroundLoop(
-            float(engine.start_timeout_s + 2 * engine.request_timeout_s + config.reward.timeout_s)
+        # One thread for all rungs: rollouts of the next step are under way when a rung ends.
+        self._coordinator = CoordinatorThread(
+            make_coordinator(
+                split.train,
+                sampler,
+                scorer,
+                CoordinatorSettings.of(
+                    steering=config.steering,
+                    rollout=config.rollout,
+                    reward=config.reward,
+                    learn=config.learn,
+                    seed=config.seed,
+                    name=trained_name(digest),
+                ),
+                CoordinatorFiles(history=folder / "history.jsonl", ledger=folder / "ledger.jsonl"),
+            ),
+            float(engine.start_timeout_s + 2 * engine.request_timeout_s + config.reward.timeout_s),
         )
 
     def run(self, start: SteeringVector, until: int) -> SteeringVector:
@@ -86,25 +77,17 @@ class TrialTraining:
         first = self._resume(start)
         learner = self._learner
         assert learner is not None
-        wait = self._loop.wait
-
-        def next_batch(step: int, vector: SteeringVector) -> Batch:
-            return wait(self._coordinator.batch(step, vector), f"the rollouts of step {step}")
 
         def after_step(update: Update, vector: SteeringVector) -> None:
-            figures = asdict(update) | {"doses": vector.doses.tolist()}
-            figures["learn_s"] = figures.pop("seconds")
-            snapshot = wait(self._recorded(figures), "the coordinator")
+            snapshot = self._coordinator.record(step_figures(update, vector, start))
             self._checkpoint(learner, update.step + 1, snapshot)
 
-        return train(learner, next_batch, steps=range(first, until), after_step=after_step)
+        steps = range(first, until)
+        return train(learner, self._coordinator.batch, steps=steps, after_step=after_step)
 
     def close(self) -> None:
         """End what is still sampled ahead, e.g. for a trial that is stopped at a rung."""
-        self._loop.close()
-
-    async def _recorded(self, figures: Mapping[str, Any]) -> Mapping[str, Any]:
-        return self._coordinator.record(figures)
+        self._coordinator.close()
 
     def _resume(self, start: SteeringVector) -> int:
         """Learner and coordinator as the last checkpoint left them; the step to run next."""
@@ -122,7 +105,7 @@ class TrialTraining:
         if not fresh:
             return int(kept[-1].name.rsplit("-", 1)[1])
         first = self._learner.restore(kept[-1])
-        self._coordinator.restore(json.loads((kept[-1] / _COORDINATOR).read_text()))
+        self._coordinator.inner.restore(json.loads((kept[-1] / _COORDINATOR).read_text()))
         return first
 
     def _checkpoints(self) -> list[Path]:

@@ -23,7 +23,7 @@ from spo.sweep.plan import TrialPlan, TrialResult, read_result, stage1_digest
 from spo.sweep.settings import Scalar
 from spo.sweep.slot_office import slots_of, trained_name
 from spo.sweep.training import TrialTraining, read_history
-from spo.sweep.validation import Measured, Scorer, Split, Validator
+from spo.sweep.validation import Measured, PromptSplit, Scorer, Validator
 from spo.vector import SteeringVector
 
 
@@ -46,7 +46,7 @@ class Trial:
         *,
         sampler: Sampler,
         scorer: Scorer,
-        split: Split,
+        split: PromptSplit,
         learner_engine: Callable[[RunConfig], DifferentiableEngine],
     ) -> None:
         self.plan = plan

@@ -27,8 +27,8 @@ from typing import Protocol
 from spo.algorithms.estimators import is_held_out
 from spo.algorithms.metrics import bootstrap_interval
 from spo.algorithms.rewards import degeneration, is_refusal
-from spo.engines.base import LogprobRequest, Sampler
-from spo.errors import ConfigError, DataError, ScorerError, SteeringError
+from spo.engines.base import LogprobRequest, Sampler, confirm
+from spo.errors import ConfigError, DataError, ScorerError
 from spo.files import write_atomic
 from spo.records import (
     GenerateRequest,
@@ -51,7 +51,7 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
+class PromptSplit:
     """Training prompts, parted."""
 
     train: tuple[Prompt, ...]
@@ -81,16 +81,16 @@ class Measured:
     answers: tuple[SampleAnswer, ...]
 
 
-def split_prompts(prompts: Sequence[Prompt], config: ValidationConfig) -> Split:
+def split_prompts(prompts: Sequence[Prompt], config: ValidationConfig) -> PromptSplit:
     """Part prompts by a hash of their ids, so that more prompts never move one across."""
     held = [p for p in prompts if is_held_out(f"validation/{p.prompt_id}", config.fraction)]
     train = tuple(p for p in prompts if p not in set(held))
     harm = [p for p in held if p.kind is PromptKind.HARM][: config.harm_prompts]
     benign = [p for p in held if p.kind is PromptKind.BENIGN][: config.benign_prompts]
-    return Split(train=train, harm=tuple(harm), benign=tuple(benign))
+    return PromptSplit(train=train, harm=tuple(harm), benign=tuple(benign))
 
 
-def check_measurable(config: SweepConfig, split: Split) -> None:
+def check_measurable(config: SweepConfig, split: PromptSplit) -> None:
     """Raise ConfigError when an objective would never get a value."""
     needs = {name: split.benign if name in ("utility", "kl") else split.harm for name in BEST_IS}
     missing = [name for name in config.objectives if not needs[name]]
@@ -127,7 +127,7 @@ class Validator:
         self,
         sampler: Sampler,
         scorer: Scorer,
-        split: Split,
+        split: PromptSplit,
         *,
         config: ValidationConfig,
         folder: Path,
@@ -146,7 +146,10 @@ class Validator:
         if self._path.is_file():
             return load_measured(json.loads(self._path.read_text())["measured"])
         requests = self._requests(self._split.benign, None, max_tokens=self._config.benign_tokens)
-        rollouts = [r for r in self._sampler.generate(requests) if r.token_ids]
+        rollouts = self._sampler.generate(requests)
+        for rollout in rollouts:
+            confirm(rollout.receipt, None, "", answer=rollout.request_id)
+        rollouts = [rollout for rollout in rollouts if rollout.token_ids]
         logprobs = self._logprobs(
             [(r.prompt, r.token_ids) for r in rollouts], None, label="unsteered"
         )
@@ -181,7 +184,7 @@ class Validator:
         )
         rollouts = self._sampler.generate(requests)
         for rollout in rollouts:
-            _check_receipt(rollout, spec, sha256)
+            confirm(rollout.receipt, spec, sha256, answer=rollout.request_id)
         scores = self._scorer.score(rollouts)
         values: dict[Metric, dict[str, list[float | None]]] = {name: {} for name in BEST_IS}
         harm: list[Rollout] = []
@@ -305,24 +308,6 @@ def load_measured(content: Mapping[str, object]) -> Measured:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"expected the figures of a trial, got {error!r}") from error
-
-
-def _check_receipt(rollout: Rollout, spec: SteeringSpec | None, sha256: str) -> None:
-    receipt = rollout.receipt
-    if spec is None and receipt is None:
-        return
-    if (
-        spec is None
-        or receipt is None
-        or receipt.sha256 != sha256
-        or receipt.coefficient != spec.coefficient
-        or receipt.operator is not spec.operator
-        or receipt.positions is not spec.positions
-    ):
-        raise SteeringError(
-            f"{rollout.request_id}: asked for {spec} with vector {sha256[:12]}, the engine "
-            f"confirms {receipt}; the trial is not used"
-        )
 
 
 def _finite(value: float | None, what: str, rollout: Rollout) -> float:

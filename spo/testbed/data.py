@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from spo.attacks import drawing
+from spo.files import replaced
 from spo.records import Positions, Prompt, PromptFormat, PromptKind, Side, Split
 from spo.testbed import requests, scenes, text
 from spo.testbed.requests import RequestSplit
@@ -240,9 +241,8 @@ def _save(scene: scenes.Scene, folder: Path) -> Path:
     path = folder / f"{scene.seed}-{_scene_key(scene)}.png"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        scenes.draw(scene).save(partial, format="PNG")
-        partial.rename(path)
+        with replaced(path) as part:
+            scenes.draw(scene).save(part, format="PNG")
     return path
 
 
@@ -337,6 +337,5 @@ def drawn_request_prompts(
 
 def _save_text(words: str, path: Path) -> None:
     picture: Image.Image = drawing.draw_text(words)
-    partial = path.with_suffix(".part")
-    picture.save(partial, format="PNG")
-    partial.rename(path)
+    with replaced(path) as part:
+        picture.save(part, format="PNG")

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from spo.config import LearnConfig, RewardConfig
+from spo.config import RewardConfig
 from spo.engines.fake import FakeEngine
 from spo.records import Rollout
 from spo.stage2.history import Recorder, open_sinks
-from spo.stage2.worker import TrainLoopSettings, _figures
+from spo.stage2.learner import step_figures
 from tests.unit.stage2.test_preference_loop import (
-    STEERING,
-    Sync,
     coordinator,
     learner,
     start_vector,
@@ -46,21 +44,11 @@ def sent_by_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     monkeypatch.setattr("ray.util.metrics.Gauge", Gauge)
     engine = FakeEngine()
-    made: Sync = coordinator(engine, scorer=ThreeScores())
+    made = coordinator(engine, scorer=ThreeScores())
     made.inner.recorder = Recorder(RewardConfig(), sinks=open_sinks(["ray"], tmp_path, "r"))
     start = start_vector(engine)
     update = learner(engine).update(made.batch(0, start))
-    settings = TrainLoopSettings(
-        model="fake",
-        revision=None,
-        vector=start.to_bytes(),
-        steering=STEERING,
-        config=LearnConfig(),
-        coordinator="c",
-        namespace="n",
-        batch_timeout_s=1.0,
-    )
-    made.record(_figures(update, start, settings))
+    made.record(step_figures(update, start, start))
     return names
 
 

@@ -163,7 +163,7 @@ def test_an_answer_that_is_not_confirmed_is_not_handed_over(
 def test_an_answer_steered_unasked_is_not_handed_over(fake: Model) -> None:
     steered = fake.answer("hello", fake.make_vector(RUDE, KIND))
     liar = LyingEngine(lambda rollout: replace(rollout, receipt=steered.receipt))
-    with Model(liar) as model, pytest.raises(SteeringError, match="asked for steering None"):
+    with Model(liar) as model, pytest.raises(SteeringError, match="asked for no steering"):
         model.answer("hello")
 
 

@@ -30,7 +30,7 @@ from spo.engines.vllm.outputs import (
     rollout_of,
 )
 from spo.engines.vllm.plugin.wire import REQUEST_KEY, PluginConfig, RequestSteering
-from spo.engines.vllm.session import Job, VllmSession, sampling_params
+from spo.engines.vllm.session import VllmJob, VllmSession, sampling_params
 from spo.engines.vllm.vector_table import Binding, SteeringDesk
 from spo.errors import EngineError, SteeringError
 from spo.records import GenerateRequest, Rollout, Sampling, SteeringReceipt, SteeringSpec
@@ -115,7 +115,9 @@ class VllmEngine:
         """
         with self.session.bound([specs for _, specs in requests]) as bindings:
             jobs = [
-                self.session.job(binding, request.prompt, (), answer_params(request, self.prompts))
+                self.session.job(
+                    binding, request.prompt, (), answer_params(request.sampling, self.prompts)
+                )
                 for (request, _), binding in zip(requests, bindings, strict=True)
             ]
             outputs = self.session.run(jobs)
@@ -135,7 +137,7 @@ class VllmEngine:
         specs = (request.steering,) if request.steering else ()
         with self.session.bound([specs]) as (binding,):
             job = self.session.job(
-                binding, request.prompt, (), answer_params(request, self.prompts)
+                binding, request.prompt, (), answer_params(request.sampling, self.prompts)
             )
             sent, output = "", None
             for output in self.session.stream(job):
@@ -207,7 +209,7 @@ class VllmEngine:
             stop_llm(session.llm)
 
     def _capture(self, requests: Sequence[CaptureRequest]) -> list[Capture]:
-        jobs: list[Job] = []
+        jobs: list[VllmJob] = []
         sampling = Sampling(max_tokens=1, temperature=0.0)
         for row, request in enumerate(requests, start=1):
             binding = Binding(key=self.desk.next_key(), specs=(), slots=(), lanes=())

@@ -13,26 +13,26 @@ from spo.engines.identity import folder_revision, model_identity
 from spo.engines.processing import PromptProcessor
 from spo.engines.vllm.canary import Logprobs
 from spo.engines.vllm.plugin.wire import PluginConfig
-from spo.engines.vllm.session import Job, RequestBuilder, sampling_params
+from spo.engines.vllm.session import RequestBuilder, VllmJob, sampling_params
 from spo.engines.vllm.vector_table import Binding
 from spo.errors import DataError, SteeringError
 from spo.records import FinishReason, GenerateRequest, Rollout, Sampling, SteeringReceipt
 
-_FINISH = {
+FINISH = {
     "stop": FinishReason.STOP,
     "length": FinishReason.LENGTH,
     "abort": FinishReason.ABORTED,
 }
 
 
-def answer_params(request: GenerateRequest, prompts: PromptProcessor) -> Any:
+def answer_params(sampling: Sampling, prompts: PromptProcessor, **options: Any) -> Any:
     """Parameters of a sampled answer; never an image placeholder, as in `HfEngine`."""
     token = prompts.image_token_id
     banned = {} if token is None else {"logit_bias": {token: -100.0}}
-    return sampling_params(request.sampling, **banned)
+    return sampling_params(sampling, **banned, **options)
 
 
-def canary_job(builder: RequestBuilder, binding: Binding) -> Job:
+def canary_job(builder: RequestBuilder, binding: Binding) -> VllmJob:
     """The canary's fixed prompt; its `engine_input` is still a prompt dictionary."""
     tokens = tuple(builder.prompts.tokenizer("a b c", add_special_tokens=False).input_ids)
     params = sampling_params(Sampling(max_tokens=2, temperature=0.0), logprobs=5)
@@ -78,7 +78,7 @@ def describe(
 
 def rollout_of(
     request: GenerateRequest,
-    job: Job,
+    job: VllmJob,
     output: Any,
     receipts: tuple[SteeringReceipt, ...],
     prompts: PromptProcessor,
@@ -92,12 +92,12 @@ def rollout_of(
         token_ids=tuple(answer.token_ids),
         text=prompts.decode(answer.token_ids),
         logprob=float(answer.cumulative_logprob),
-        finish=_FINISH[answer.finish_reason],
+        finish=FINISH[answer.finish_reason],
         receipt=receipts[0] if receipts else None,
     )
 
 
-def pooled_tokens(request: CaptureRequest, job: Job, prompts: PromptProcessor) -> int:
+def pooled_tokens(request: CaptureRequest, job: VllmJob, prompts: PromptProcessor) -> int:
     """How many tokens a capture must pool; DataError if none is left."""
     spans: tuple[Span, ...] = prompts.spans(job.tokens)
     index = np.arange(len(job.tokens), dtype=np.int64)

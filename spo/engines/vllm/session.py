@@ -16,7 +16,7 @@ from typing import Any
 
 from spo.engines.processing import PromptProcessor, check_same_tokens, load_image
 from spo.engines.vllm.plugin.wire import REQUEST_KEY, cache_salt
-from spo.engines.vllm.vector_table import Binding, Seen, SteeringDesk
+from spo.engines.vllm.vector_table import Binding, EngineAccount, SteeringDesk
 from spo.errors import ArtifactError, DataError, EngineError, SteeringError
 from spo.records import Prompt, Sampling, SteeringReceipt, SteeringSpec
 
@@ -54,7 +54,7 @@ class Turns:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Job:
+class VllmJob:
     """One sequence on its way through vLLM."""
 
     key: str
@@ -69,7 +69,7 @@ class Job:
 
 
 def sampling_params(sampling: Sampling, **options: Any) -> Any:
-    """vLLM's parameters: the log-probability of each new token, no detokenising."""
+    """vLLM's parameters: the log-probability of each new token, no detokenising, unless told."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -78,9 +78,12 @@ def sampling_params(sampling: Sampling, **options: Any) -> Any:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=sampling.seed,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        **{"logprobs": 0, **options},
+        **{
+            "detokenize": False,
+            "logprobs": 0,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+            **options,
+        },
     )
 
 
@@ -97,7 +100,7 @@ class RequestBuilder:
         self.max_model_len = max_model_len
         self._prompt_tokens: dict[Prompt, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
-    def ask(self, binding: Binding, prompt: Prompt, answer: Sequence[int], params: Any) -> Job:
+    def ask(self, binding: Binding, prompt: Prompt, answer: Sequence[int], params: Any) -> VllmJob:
         """A job for a prompt, with the answer's tokens so far.
 
         Raises:
@@ -119,7 +122,7 @@ class RequestBuilder:
             entry["cache_salt"] = cache_salt(binding.lanes)
             length = len(expanded) if answer else 0
             params.extra_args = {REQUEST_KEY: binding.wire(prompt_length=length)}
-        return Job(
+        return VllmJob(
             key=binding.key,
             tokens=tokens,
             prompt_length=len(expanded),
@@ -128,13 +131,13 @@ class RequestBuilder:
             prompt=prompt,
         )
 
-    def ask_tokens(self, binding: Binding, tokens: Sequence[int], params: Any) -> Job:
+    def ask_tokens(self, binding: Binding, tokens: Sequence[int], params: Any) -> VllmJob:
         """A job for a prompt that is tokens already, without a picture."""
         entry: dict[str, Any] = {"prompt_token_ids": list(tokens)}
         if binding.lanes:
             entry["cache_salt"] = cache_salt(binding.lanes)
             params.extra_args = {REQUEST_KEY: binding.wire()}
-        return Job(
+        return VllmJob(
             key=binding.key,
             tokens=tuple(tokens),
             prompt_length=len(tokens),
@@ -149,15 +152,15 @@ class RequestBuilder:
             expanded = self.prompts.prompt_tokens(prompt)
             short = expanded
             if prompt.image is not None:
-                short = tuple(self.prompts.tokenizer(self.prompts.render(prompt)).input_ids)
+                short = self.prompts.short_tokens(self.prompts.render(prompt))
             if len(self._prompt_tokens) > 4096:
                 self._prompt_tokens.clear()
             known = self._prompt_tokens[prompt] = (short, expanded)
         return known
 
-    def seen(self, job: Job, output: Any) -> Seen:
+    def seen(self, job: VllmJob, output: Any) -> EngineAccount:
         """The engine's account of a finished job, to hold against the workers'."""
-        return Seen(
+        return EngineAccount(
             prompt_length=job.prompt_length,
             tokens=len(job.tokens) + len(output.outputs[0].token_ids) - 1,
             cached=int(output.num_cached_tokens or 0),
@@ -194,11 +197,11 @@ class VllmSession:
         finally:
             self.desk.release(bindings)
 
-    def job(self, binding: Binding, prompt: Prompt, answer: Sequence[int], params: Any) -> Job:
+    def job(self, binding: Binding, prompt: Prompt, answer: Sequence[int], params: Any) -> VllmJob:
         """See `RequestBuilder.ask`."""
         return self.builder.ask(binding, prompt, answer, params)
 
-    def run(self, jobs: Sequence[Job]) -> list[Any]:
+    def run(self, jobs: Sequence[VllmJob]) -> list[Any]:
         """vLLM's outputs of the jobs, in order; other threads' jobs advance in the same steps."""
         done: dict[str, Any] = {}
         for output in self._outputs_of(jobs):
@@ -206,14 +209,14 @@ class VllmSession:
                 done[output.request_id] = output
         return [done[job.key] for job in jobs]
 
-    def stream(self, job: Job) -> Iterator[Any]:
+    def stream(self, job: VllmJob) -> Iterator[Any]:
         """vLLM's outputs of one job as they come; closing the iterator aborts the request."""
         from vllm.sampling_params import RequestOutputKind
 
         job.params.output_kind = RequestOutputKind.CUMULATIVE
         yield from self._outputs_of([job])
 
-    def _outputs_of(self, jobs: Sequence[Job]) -> Iterator[Any]:
+    def _outputs_of(self, jobs: Sequence[VllmJob]) -> Iterator[Any]:
         waiting = {job.key for job in jobs}
         try:
             with self._turns:
@@ -234,7 +237,7 @@ class VllmSession:
                 ) from error
             raise
 
-    def _enter(self, jobs: Sequence[Job]) -> None:
+    def _enter(self, jobs: Sequence[VllmJob]) -> None:
         """Render the jobs and hand them over, in one turn: nothing enters unless all are right.
 
         vLLM keeps rendered pictures on both sides and sends one only the first time it renders it.
@@ -266,7 +269,7 @@ class VllmSession:
         return [json.loads(text) for text in self.rpc("spo_receipts", list(keys))]
 
     def receipts(
-        self, bindings: Sequence[Binding], jobs: Sequence[Job], outputs: Sequence[Any]
+        self, bindings: Sequence[Binding], jobs: Sequence[VllmJob], outputs: Sequence[Any]
     ) -> list[tuple[SteeringReceipt, ...]]:
         """What the workers confirm for each request; SteeringError when they do not."""
         steered = [binding.key for binding in bindings if binding.lanes]

@@ -16,18 +16,15 @@ from typing import Any
 import numpy as np
 
 from spo.algorithms.positions import Span, select_positions
-from spo.engines.base import receipt_for
+from spo.engines.base import KEPT_VERSIONS, receipt_for
 from spo.engines.vllm.plugin.wire import Lane, PluginConfig, RequestSteering
 from spo.errors import SteeringError, UnpublishedError
 from spo.records import Operator, Positions, SteeringReceipt, SteeringSpec
 from spo.vector import SteeringVector
 
-KEPT_VERSIONS = 4
-"""Newest versions of one name that stay; room is never made at the cost of another name."""
-
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Slot:
+class VectorSlot:
     """One occupied slot."""
 
     number: int
@@ -50,7 +47,7 @@ class SlotTable:
 
     def __init__(self, slots: int) -> None:
         self._free = list(range(slots, 0, -1))
-        self._slots: dict[tuple[str, int], Slot] = {}
+        self._slots: dict[tuple[str, int], VectorSlot] = {}
 
     def held(self) -> dict[str, list[int]]:
         """Names and versions that requests may ask for."""
@@ -60,11 +57,11 @@ class SlotTable:
                 held.setdefault(slot.name, []).append(slot.version)
         return {name: sorted(versions) for name, versions in sorted(held.items())}
 
-    def find(self, name: str, version: int) -> Slot | None:
+    def find(self, name: str, version: int) -> VectorSlot | None:
         """The slot of a version, or None."""
         return self._slots.get((name, version))
 
-    def reserve(self, name: str, version: int, vector: SteeringVector) -> Slot:
+    def reserve(self, name: str, version: int, vector: SteeringVector) -> VectorSlot:
         """A slot to write a new version into; drops unused older versions of the same name.
 
         Callers that share an engine publish under names of their own, so none can drive out the
@@ -96,11 +93,11 @@ class SlotTable:
                 f"{in_use}) and none holds an unused older version of {name!r}; wait, drop a "
                 "vector with retire(), or start the engine with more slots (engine.slots)"
             )
-        slot = Slot(number=self._free.pop(), name=name, version=version, vector=vector)
+        slot = VectorSlot(number=self._free.pop(), name=name, version=version, vector=vector)
         self._slots[(name, version)] = slot
         return slot
 
-    def discard(self, slot: Slot) -> None:
+    def discard(self, slot: VectorSlot) -> None:
         """Give a slot back."""
         if slot.users:
             raise SteeringError(
@@ -110,7 +107,7 @@ class SlotTable:
         del self._slots[(slot.name, slot.version)]
         self._free.append(slot.number)
 
-    def acquire(self, spec: SteeringSpec) -> Slot:
+    def acquire(self, spec: SteeringSpec) -> VectorSlot:
         """Bind a request to the slot of the version it names; `release` must follow.
 
         Raises:
@@ -125,7 +122,7 @@ class SlotTable:
         slot.users += 1
         return slot
 
-    def release(self, slot: Slot) -> None:
+    def release(self, slot: VectorSlot) -> None:
         """End of one request's use."""
         slot.users -= 1
 
@@ -137,7 +134,7 @@ class Binding:
     key: str
     """Unique; the worker's receipt is fetched by it."""
     specs: tuple[SteeringSpec, ...]
-    slots: tuple[Slot, ...]
+    slots: tuple[VectorSlot, ...]
     lanes: tuple[Lane, ...]
 
     def wire(self, *, prompt_length: int = 0) -> dict[str, Any]:
@@ -148,7 +145,7 @@ class Binding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class EngineAccount:
     """What the engine's output says about one finished sequence."""
 
     prompt_length: int
@@ -182,12 +179,12 @@ class SteeringDesk:
         """A new request key."""
         return f"{self._prefix}-{next(self._keys)}"
 
-    def reserve(self, name: str, vector: SteeringVector, version: int) -> Slot:
+    def reserve(self, name: str, vector: SteeringVector, version: int) -> VectorSlot:
         """A slot for a new version; see `SlotTable.reserve`."""
         with self._lock:
             return self.slots.reserve(name, version, vector)
 
-    def confirm(self, slot: Slot, hashes: Sequence[str]) -> str:
+    def confirm(self, slot: VectorSlot, hashes: Sequence[str]) -> str:
         """Mark a slot as usable once all workers hold its content, or drop it and raise."""
         with self._lock:
             if list(hashes) and all(held == slot.vector.sha256 for held in hashes):
@@ -237,7 +234,7 @@ class SteeringDesk:
                 f"{len(specs)} vectors are stacked in one request and the engine was started with "
                 f"lanes={self.config.lanes}; start it with more lanes"
             )
-        slots: list[Slot] = []
+        slots: list[VectorSlot] = []
         with self._lock:
             try:
                 for spec in specs:
@@ -258,7 +255,7 @@ class SteeringDesk:
         )
         return Binding(key=self.next_key(), specs=specs, slots=tuple(slots), lanes=lanes)
 
-    def _acquire(self, spec: SteeringSpec) -> Slot:
+    def _acquire(self, spec: SteeringSpec) -> VectorSlot:
         for value, kind, name in (
             (spec.operator, Operator, "operator"),
             (spec.positions, Positions, "positions"),
@@ -297,7 +294,7 @@ class SteeringDesk:
                     self.slots.release(slot)
 
     def receipts(
-        self, binding: Binding, figures: Sequence[Mapping[str, Any]], seen: Seen
+        self, binding: Binding, figures: Sequence[Mapping[str, Any]], seen: EngineAccount
     ) -> tuple[SteeringReceipt, ...]:
         """Receipts of one request, one for each stacked spec.
 

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pydantic
 import pytest
+import yaml
 
 from spo.config import RunConfig, load_config
 from spo.config.attacks import AnyAttack, PgdConfig
-from spo.config.evaluation import DEFENCES
+from spo.config.evaluation import DEFENCES, DefenceConfig
+from spo.config.load import split_override
+from spo.config.text import dump, parse
 from spo.errors import ConfigError
 from spo.records import Operator
 
@@ -120,6 +123,13 @@ def test_override_that_is_not_yaml(override: str) -> None:
         load_config(None, [override])
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "../spo", " a", "a ", "spo@1", "a\n", "x" * 65])
+def test_a_defence_is_not_called_what_no_file_can_be(name: str) -> None:
+    with pytest.raises(ValueError, match="a defence's name has letters"):
+        DefenceConfig(name=name, reminder="Be kind.")
+    assert DefenceConfig(name="my vector", reminder="Be kind.").name == "my vector"
+
+
 def test_override_below_a_value() -> None:
     with pytest.raises(ConfigError, match="'name' is a value"):
         load_config(None, ["name=a", "name.b=1"])
@@ -141,6 +151,48 @@ def test_damaged_file_is_named(tmp_path: Path, content: bytes, message: str) -> 
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(path)
     assert "broken.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[(word, word) for word in ("on", "off", "yes", "no", "NO", "y")],
+        *[("true", True), ("False", False), ("null", None), ("~", None), ("", None)],
+        *[("1e-4", 1e-4), ("-1E4", -1e4), (".5", 0.5), ("1.0e-05", 1e-5), ("e5", "e5")],
+        *[("010", 10), ("0o10", 8), ("0x1F", 31), ("1:30", "1:30"), ("'1e-4'", "1e-4")],
+        *[("[1e-4, no]", [1e-4, "no"]), ("{a: 1e-3}", {"a": 1e-3})],
+    ],
+)
+def test_values_are_read_by_the_rules_of_yaml_1_2(text: str, value: object) -> None:
+    assert split_override(f"learn.steps={text}") == (["learn", "steps"], value)
+    assert parse(f"key: {text}\n", "f") == {"key": value}
+
+
+def test_what_is_written_is_read_back_by_either_version() -> None:
+    words = ["1e5", "-1E-4", ".5e3", "1.e3", "on", "no", "010", "0o17", "1:30", "null", "", "a: b"]
+    tree = {"z": words, "a": [1e-5, 1e22, -3, True, None, {"b": "é\n c"}]}
+    assert parse(dump(tree), "f") == yaml.safe_load(dump(tree)) == tree
+    assert list(parse(dump(tree), "f")) == ["z", "a"]
+    config = RunConfig().model_dump(mode="json")
+    old = yaml.safe_dump(config, sort_keys=False)
+    assert parse(old, "config.yaml of an older run") == config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name: a\nseed: 1\nname: b\n", r'line 3 is not valid YAML: found duplicate key "name"'),
+        ("learn:\n  steps: 1\n  steps: 2\n", r'line 3 .*: found duplicate key "steps"'),
+        ("name: a\n seed: 1\n", r"line 2 is not valid YAML: mapping values are not allowed here"),
+        ("name: a\nseed: !!python/name:os.system\n", "line 2 .*: could not determine"),
+        ("name: a\nseed: *b\n", "line 2 .*: found undefined alias 'b'"),
+        ("name: a\n---\nseed: 1\n", "line 2 .*: but found another document"),
+    ],
+)
+def test_an_error_in_a_file_names_its_line(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml, " + message) as caught:
+        load_config(write(tmp_path, content))
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:

@@ -134,6 +134,32 @@ def test_placeholder_is_expanded_once_and_found(llava: PromptProcessor, tmp_path
     assert llava.spans(tokens) == ((0, 16),)
 
 
+def test_conversations_and_prompts_are_rendered_by_the_same_code(
+    llava: PromptProcessor, llama: PromptProcessor, tmp_path: Path
+) -> None:
+    turns = [
+        ("system", ["Be kind."]),
+        ("user", [None, "one", None, "two"]),
+        ("assistant", ["ok"]),
+        ("user", ["more"]),
+    ]
+    assert llava.render_turns(turns) == (
+        "<|system|>Be kind.\n<|user|><image>\none<image>\ntwo\n<|assistant|>ok\n<|user|>more\n"
+        "<|assistant|>"
+    )
+    single = prompt("You", draw(tmp_path / "a.png"), chat=True)
+    assert llava.render(single) == llava.render_turns([("user", [None, "You"])])
+    rendered = llama.render_turns([("user", ["Hi", "there"]), ("assistant", ["b"])])
+    assert rendered == "<|user|>Hi\nthere\n<|assistant|>b\n<|assistant|>"
+    assert llama.short_tokens(llama.render(prompt("Hi", chat=True))) == llama.prompt_tokens(
+        prompt("Hi", chat=True)
+    )
+    with pytest.raises(DataError, match="a message has a picture and the model takes text only"):
+        llama.render_turns([("user", ["Hi"]), ("user", [None])])
+    with pytest.raises(DataError, match="a message contains the image placeholder '<image>'"):
+        llava.render_turns([("user", [None, "a <image>"])])
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_placeholder_in_the_text_is_refused(llava: PromptProcessor, chat: bool) -> None:
     with pytest.raises(DataError, match=r"'p1' contains the image placeholder '<image>'"):

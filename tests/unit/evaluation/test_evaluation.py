@@ -18,6 +18,7 @@ from spo.engines.base import GenerateRequest, LogprobRequest, receipt_for
 from spo.engines.fake import FakeEngine
 from spo.errors import ConfigError, DataError, EngineError, ScorerError, SteeringError
 from spo.evaluation import compare, evaluate, format_table, load_report, save_report
+from spo.evaluation.defences import UNDEFENDED, Defence
 from spo.records import (
     EvaluationCell,
     EvaluationReport,
@@ -29,6 +30,7 @@ from spo.records import (
     SteeringSpec,
 )
 from spo.vector import SteeringVector
+from tests.receipts import WRONG
 
 SPEC = SteeringSpec(vector="spo", version=3, coefficient=0.5)
 CONFIG = EvaluateConfig(bootstrap=200)
@@ -99,9 +101,17 @@ def _prompt(prompt_id: str, **fields: Any) -> Prompt:
     return Prompt(**{"prompt_id": prompt_id, "text": prompt_id, "kind": PromptKind.HARM, **fields})
 
 
+def columns(*names: str, spec: SteeringSpec = SPEC, sha256: str = VECTOR.sha256) -> list[Defence]:
+    """Defences by name; all but the unsteered model steer with the same vector."""
+    return [
+        UNDEFENDED if name == "none" else Defence(name=name, spec=spec, sha256=sha256)
+        for name in names
+    ]
+
+
 def _evaluate(engine: Any, sets: Sequence[PromptSet], **changes: Any) -> EvaluationReport:
     options: dict[str, Any] = {
-        "defences": {"none": None, "spo": SPEC},
+        "defences": columns("none", "spo"),
         "judge": WordJudge(),
         "alignment": None,
         "checks": {},
@@ -191,25 +201,16 @@ def test_defences_share_seeds_and_samples_do_not(engine: ScriptedEngine) -> None
 @pytest.mark.parametrize(
     "change",
     [
-        lambda receipt: None,
-        lambda receipt: receipt and replace(receipt, version=2),
-        lambda receipt: receipt and replace(receipt, vector="stage1"),
-        lambda receipt: receipt and replace(receipt, coefficient=0.0),
+        *[lambda receipt, wrong=wrong: receipt and wrong(receipt) for wrong in WRONG.values()],
         lambda receipt: receipt or receipt_for(SPEC, VECTOR),
     ],
+    ids=[*WRONG, "steered unasked"],
 )
 def test_steering_that_is_not_confirmed_stops_the_evaluation(
     engine: ScriptedEngine, change: Callable[[Any], Any]
 ) -> None:
     engine.change_receipt = change
     with pytest.raises(SteeringError, match="plain/"):
-        _evaluate(engine, [PLAIN])
-
-
-def test_two_vectors_behind_one_defence_are_found_out(engine: ScriptedEngine) -> None:
-    hashes = iter("abcdefgh")
-    engine.change_receipt = lambda receipt: receipt and replace(receipt, sha256=next(hashes))
-    with pytest.raises(SteeringError, match="one vector behind all answers"):
         _evaluate(engine, [PLAIN])
 
 
@@ -259,7 +260,7 @@ def test_a_judge_that_answers_nonsense_is_counted_out(
             scores[texts.index("0.9 vile")] = nonsense
             return scores
 
-    report = _evaluate(engine, [PLAIN], judge=OddJudge(), defences={"none": None})
+    report = _evaluate(engine, [PLAIN], judge=OddJudge(), defences=[UNDEFENDED])
     # a keeps its second sample, .5; b is .2.
     assert _cell(report, "plain", "none").metrics["toxicity"].mean == pytest.approx(0.35)
     [row] = report.quarantined
@@ -281,7 +282,7 @@ def test_a_judge_with_the_wrong_number_of_scores_stops(engine: ScriptedEngine) -
 
 def test_an_empty_answer_has_no_nll() -> None:
     engine = ScriptedEngine({("a", False, 0): "", ("b", False, 0): "0.4 x"})
-    report = _evaluate(engine, [replace(PLAIN, samples=1)], defences={"none": None})
+    report = _evaluate(engine, [replace(PLAIN, samples=1)], defences=[UNDEFENDED])
     cell = _cell(report, "plain", "none")
     assert (cell.metrics["nll"].mean, cell.metrics["nll"].count) == (1.0, 1)
     assert (cell.metrics["length"].mean, cell.metrics["length"].count) == (1.0, 2)
@@ -303,7 +304,7 @@ def test_alignment_is_scored_on_benign_prompts_with_a_picture(tmp_path: Path) ->
         _prompt("text", kind=PromptKind.BENIGN),
     )
     engine = ScriptedEngine({(p.prompt_id, False, 0): "0.1 two" for p in prompts})
-    options = {"defences": {"none": None}, "alignment": WidthScorer()}
+    options = {"defences": [UNDEFENDED], "alignment": WidthScorer()}
     caption = PromptSet(condition="caption", prompts=prompts)
     report = _evaluate(engine, [caption], **options)
     alignment = _cell(report, "caption", "none").metrics["alignment"]
@@ -328,8 +329,10 @@ def test_checks_apply_to_their_own_condition(engine: ScriptedEngine) -> None:
 
 def test_plans_that_make_no_sense_are_refused(engine: ScriptedEngine) -> None:
     with pytest.raises(ConfigError, match="'none' is the unsteered model"):
-        _evaluate(engine, [PLAIN], defences={"none": SPEC})
-    with pytest.raises(ConfigError, match="different names"):
+        _evaluate(engine, [PLAIN], defences=[Defence(name="none", spec=SPEC)])
+    with pytest.raises(ConfigError, match="defences must have different names"):
+        _evaluate(engine, [PLAIN], defences=columns("spo", "spo"))
+    with pytest.raises(ConfigError, match="conditions must have different names"):
         _evaluate(engine, [PLAIN, PLAIN])
     with pytest.raises(DataError, match=r"unique.*\['a'\]"):
         _evaluate(engine, [replace(PLAIN, prompts=(_prompt("a"), _prompt("a")))])
@@ -351,7 +354,7 @@ def test_progress_counts_answers(engine: ScriptedEngine) -> None:
 
 
 def test_compare_pairs_any_two_defences(engine: ScriptedEngine) -> None:
-    report = _evaluate(engine, [PLAIN], defences={"none": None, "stage1": SPEC, "spo": SPEC})
+    report = _evaluate(engine, [PLAIN], defences=columns("none", "stage1", "spo"))
     assert compare(report, "plain", "toxicity", defence="spo", baseline="none").mean == (
         pytest.approx(-0.25)
     )
@@ -429,7 +432,8 @@ def test_steering_against_the_planted_direction_lowers_toxicity() -> None:
 
     prompts = tuple(_prompt(f"p{i}") for i in range(12))
     sets = [PromptSet(condition="plain", prompts=prompts, samples=2)]
-    report = _evaluate(engine, sets, judge=RudeShare(), defences={"none": None, "spo": spec})
+    defences = columns("none", "spo", spec=spec, sha256=vector.sha256)
+    report = _evaluate(engine, sets, judge=RudeShare(), defences=defences)
     none, spo = (_cell(report, "plain", name).metrics for name in ("none", "spo"))
     # Rude words have logit 1 - 3 after steering, 1 before: shares e/(1 + e) and 1/(1 + e^2).
     assert none["toxicity"].mean == pytest.approx(1 / (1 + math.exp(-1)), abs=0.06)

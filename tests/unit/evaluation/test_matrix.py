@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,13 @@ from spo.evaluation import (
     compare_reports,
     evaluate,
     format_comparison,
+    load_report,
+    save_report,
     shown_conditions,
 )
+from spo.evaluation.defences import UNDEFENDED, Defence
 from spo.records import (
+    Attacked,
     EvaluationCell,
     EvaluationReport,
     FinishReason,
@@ -29,7 +34,7 @@ from spo.records import (
     PromptSet,
     Rollout,
 )
-from tests.unit.evaluation.test_evaluation import SPEC, VECTOR, WordJudge
+from tests.unit.evaluation.test_evaluation import SPEC, VECTOR, WordJudge, columns
 
 
 class Engine:
@@ -81,7 +86,7 @@ def _prompt(prompt_id: str, kind: PromptKind = PromptKind.HARM, **fields: Any) -
 def _run(engine: Engine, sets: Sequence[PromptSet], **options: Any) -> EvaluationReport:
     return evaluate(
         engine,  # type: ignore[arg-type]
-        options.pop("defences", {"none": None, "spo": SPEC}),
+        options.pop("defences", columns("none", "spo")),
         sets,
         judge=WordJudge(),
         alignment=None,
@@ -134,7 +139,7 @@ def test_success_kl_perplexity_and_worst_answers_by_hand() -> None:
 def test_finished_cells_are_not_asked_again_and_other_inputs_are(tmp_path: Path) -> None:
     answers = {(p, s): ["0.5 yes"] for p in "ab" for s in (False, True)}
     sets = [PromptSet(condition="harm", prompts=(_prompt("a"),))]
-    store = CellStore(folder=tmp_path, identity="model", vectors={"spo": "v1"})
+    store = CellStore(folder=tmp_path, identity="model")
     first = Engine(answers)
     done = _run(first, sets, store=store)
     again = Engine(answers)
@@ -145,8 +150,14 @@ def test_finished_cells_are_not_asked_again_and_other_inputs_are(tmp_path: Path)
     _run(again, sets, store=store)
     assert len(again.asked) == 1
     other = Engine(answers)
-    _run(other, sets, store=replace(store, vectors={"spo": "v2"}))
+    stronger = columns("none", "spo", spec=replace(SPEC, coefficient=0.75))
+    _run(other, sets, store=store, defences=stronger)
     assert [r.steering is not None for r in other.asked] == [True]
+    steered = next(path for path in tmp_path.iterdir() if path.name.startswith("harm--spo"))
+    steered.write_text(steered.read_text().replace(VECTOR.sha256, "0" * 64))
+    _run(again, sets, store=store)
+    _run(again, sets, store=store, defences=stronger)
+    assert len(again.asked) == 2, "a kept cell of another vector is made again"
     more = Engine(answers)
     _run(more, [replace(sets[0], prompts=(_prompt("a"), _prompt("b")))], store=store)
     assert len(more.asked) == 4
@@ -161,7 +172,7 @@ def test_a_defence_with_prompts_of_its_own_is_judged_on_what_was_asked() -> None
         by_defence={"reminder": (replace(plain, text="be nice\nask a"),)},
     )
     engine = Engine({("a", False): ["0.1 yes"]})
-    defences = {"none": None, "reminder": None}
+    defences = [UNDEFENDED, Defence(name="reminder")]
     report = _run(engine, [prompts], defences=defences, success=[judge])
     assert [request.prompt.text for request in engine.asked] == ["ask a", "be nice\nask a"]
     assert judge.saw == ["ask a"]
@@ -173,13 +184,19 @@ def test_a_defence_with_prompts_of_its_own_is_judged_on_what_was_asked() -> None
 def test_points_of_strength_curves_ask_one_defence_and_stay_out_of_tables() -> None:
     sets = [
         PromptSet(condition="harm", prompts=(_prompt("a"),)),
-        PromptSet(condition="curve pgd-16 spo 5", prompts=(_prompt("a"),), only="spo"),
+        PromptSet(
+            condition="curve pgd-16 spo 5",
+            prompts=(_prompt("a"),),
+            only="spo",
+            attack=Attacked(attack="pgd-16", kind="pgd", base="harm", step=5),
+        ),
+        PromptSet(condition="curve-fitting", prompts=(_prompt("a"),)),
     ]
     answers = {("a", False): ["0.1 yes"], ("a", True): ["0.1 yes"]}
     report = _run(Engine(answers), sets)
     points = [c.defence for c in report.cells if c.condition.startswith("curve ")]
     assert points == ["spo"]
-    assert {c.condition for c in shown_conditions(report).cells} == {"harm"}
+    assert {c.condition for c in shown_conditions(report).cells} == {"harm", "curve-fitting"}
 
 
 def test_two_evaluations_are_compared_on_shared_prompts() -> None:
@@ -199,13 +216,25 @@ def two_defences(conditions: dict[str, tuple[str, str]], *, other: str = "stage1
     reports = [
         _run(
             Engine({("a", False): [before], ("a", True): [after]}),
-            [PromptSet(condition=name, prompts=(_prompt("a"),))],
+            [PromptSet(condition=name, prompts=(_prompt("a"),), attack=MADE.get(name))],
         )
         for name, (before, after) in conditions.items()
     ]
     answers = [answer for report in reports for answer in report.answers]
     renamed = [replace(a, defence=other) if a.defence == "none" else a for a in answers]
-    return replace(reports[0], answers=tuple(renamed))
+    attacks = {name: made for report in reports for name, made in report.attacks.items()}
+    return replace(reports[0], answers=tuple(renamed), attacks=attacks)
+
+
+def _made(attack: str, blind: str = "", **fields: Any) -> Attacked:
+    return Attacked(**{"kind": "pgd", "base": "describe", **fields}, attack=attack, blind=blind)
+
+
+MADE = {
+    "describe pgd-16": _made("pgd-16"),
+    "describe adaptive-pgd-16": _made("adaptive-pgd-16", "pgd-16"),
+    "describe adaptive-pgd-unbounded": _made("adaptive-pgd-unbounded", "pgd-unbounded"),
+}
 
 
 def compared(reports: Any, defence: str, baseline: str) -> Any:
@@ -239,9 +268,47 @@ def test_no_attack_is_adapted_to_the_unsteered_model() -> None:
 
 def test_pictures_of_one_attack_are_not_independent_prompts() -> None:
     report = two_defences({"describe pgd-16": ("0.2 yes", "0.1 yes")})
-    more = [replace(a, prompt_id=f"{a.prompt_id}@1") for a in report.answers]
+    more = [replace(a, prompt_id="a@1", picture_of="a") for a in report.answers]
     found = compared([replace(report, answers=(*report.answers, *more))], "spo", "stage1")
     assert found["describe pgd-16", "spo", "toxicity"].count == 1
+    apart = [replace(answer, picture_of="") for answer in more]
+    found = compared([replace(report, answers=(*report.answers, *apart))], "spo", "stage1")
+    assert found["describe pgd-16", "spo", "toxicity"].count == 2, "an id is only an id"
+
+
+def test_a_prompt_set_of_a_users_own_is_no_attack_whatever_it_is_called() -> None:
+    report = two_defences({"my adaptive-pgd-16": ("0.2 yes", "0.1 yes")}, other="none")
+    assert {condition for condition, *_ in compared([report], "spo", "none")} == {
+        "my adaptive-pgd-16"
+    }
+
+
+@pytest.mark.parametrize("defence", ["stage1", "my vector"])
+def test_evaluations_from_before_attacks_had_fields_still_load(
+    tmp_path: Path, defence: str
+) -> None:
+    report = two_defences(ATTACKED, other=defence)
+    point = f"curve adaptive-pgd-16 {defence} 8"
+    extra = [
+        *[replace(a, prompt_id="a@1", picture_of="a") for a in report.answers],
+        *[replace(a, condition=point) for a in report.answers if a.defence == defence],
+        replace(report.answers[0], condition="typographic", prompt_id="user@7"),
+    ]
+    attacks = {
+        **report.attacks,
+        point: _made("adaptive-pgd-16", "pgd-16", base="", step=8),
+        "typographic": Attacked(attack="typographic", kind="typographic", base="plain"),
+    }
+    report = replace(report, answers=(*report.answers, *extra), attacks=attacks)
+    path = save_report(report, tmp_path / "evaluation.json")
+    assert load_report(path) == report
+    content = json.loads(path.read_text())
+    del content["attacks"]
+    for answer in content["answers"]:
+        del answer["picture_of"]
+    path.write_text(json.dumps(content))
+    assert load_report(path) == report
+    assert compared([load_report(path)], "spo", defence) == compared([report], "spo", defence)
 
 
 def test_two_defences_are_compared_over_runs_where_all_have_the_condition() -> None:

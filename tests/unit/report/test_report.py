@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from spo.records import EvaluatedAnswer, EvaluationCell, EvaluationReport, Inter
 from spo.report import write_report
 from spo.report.answers import VEIL_FROM, attack_pictures, card_groups, open_picture
 from spo.report.headline import findings, machine_readable, stage1_difference, tables, tiles
+from spo.report.matrix import success_points
 from spo.report.metrics import Metric, Verdict, defences_of, metric_named
 from spo.report.run_record import read_run
 from tests.example_run import CHOSEN, ODD_TEXT, write_example_run
@@ -127,6 +129,25 @@ def test_figures_of_the_page_are_those_of_the_evaluation(run: Path, html: str) -
             assert metric.range(value) in text
         for name, change in cell.paired.items():
             assert metric_named(name).change(change.mean) in text
+
+
+def test_a_curve_belongs_to_its_attack_and_its_defence(run: Path, tmp_path: Path) -> None:
+    folder = copy(run, tmp_path / "named")
+    report = load_report(folder / "evaluation.json")
+    old, new = "curve adaptive-pgd-32 stage1 ", "curve adaptive-pgd-32 my vector "
+    cells = [
+        replace(cell, condition=cell.condition.replace(old, new), defence="my vector")
+        if cell.condition.startswith(old)
+        else cell
+        for cell in report.cells
+    ]
+    attacks = {name.replace(old, new): made for name, made in report.attacks.items()}
+    before = success_points(read_run(folder))
+    save_report(replace(report, cells=tuple(cells), attacks=attacks), folder / "evaluation.json")
+    points = success_points(read_run(folder))
+    assert points.keys() == {("pgd-32", "none"), ("adaptive-pgd-32", "my vector")}
+    assert points["adaptive-pgd-32", "my vector"] == before["adaptive-pgd-32", "stage1"]
+    assert list(points["pgd-32", "none"]) == [0, 8, 16, 24, 32, 40]
 
 
 def test_machine_readable_headline(run: Path) -> None:

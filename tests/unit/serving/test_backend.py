@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from spo.config.serving import ServeConfig
+from spo.engines.base import receipt_for
 from spo.engines.chat import ChatAnswer, ChatRequest, Turn
 from spo.errors import EngineError, SteeringError
-from spo.records import FinishReason, Sampling
+from spo.records import FinishReason, Sampling, SteeringSpec
 from spo.serving import backend as serve_backend
 from spo.serving.backend import RayBackend
+from tests.local_endpoint import fake_artifact
+from tests.receipts import WRONG
 
 ANSWER = ChatAnswer(
     text="yes", finish=FinishReason.STOP, prompt_tokens=1, completion_tokens=1, receipt=None
@@ -28,13 +32,14 @@ REQUEST = ChatRequest(
 class Events:
     """A stream that ends in an error, or in the answer."""
 
-    def __init__(self, error: BaseException | None) -> None:
+    def __init__(self, error: BaseException | None, answer: ChatAnswer) -> None:
         self._error = error
+        self._answer = answer
 
     async def __aiter__(self) -> AsyncIterator[ChatAnswer]:
         if self._error is not None:
             raise self._error
-        yield ANSWER
+        yield self._answer
 
     def cancel(self) -> None:
         """Nothing runs."""
@@ -43,10 +48,11 @@ class Events:
 class Engines:
     """The handle of engines that answer as told, one error a call."""
 
-    def __init__(self, *errors: BaseException) -> None:
+    def __init__(self, *errors: BaseException, answer: ChatAnswer = ANSWER) -> None:
         self._errors = list(errors)
+        self._answer = answer
         self.complete = SimpleNamespace(remote=self._complete)
-        self.stream = SimpleNamespace(remote=lambda _: Events(self._next()))
+        self.stream = SimpleNamespace(remote=lambda _: Events(self._next(), self._answer))
 
     def options(self, **_: Any) -> Engines:
         return self
@@ -58,7 +64,7 @@ class Engines:
         error = self._next()
         if error is not None:
             raise error
-        return ANSWER
+        return self._answer
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +75,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_backend.asyncio, "sleep", at_once)
 
 
-def ask(engines: Engines, *, stream: bool) -> Any:
+def ask(engines: Engines, *, stream: bool, request: ChatRequest = REQUEST) -> Any:
     backend = RayBackend(engines, None, ServeConfig())
 
     async def whole() -> Any:
         if not stream:
-            return await backend.complete(REQUEST)
-        return [event async for event in backend.stream(REQUEST)][-1]
+            return await backend.complete(request)
+        return [event async for event in backend.stream(request)][-1]
 
     return asyncio.run(whole())
 
@@ -83,6 +89,22 @@ def ask(engines: Engines, *, stream: bool) -> Any:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_lost_or_leaving_replica_is_asked_again(stream: bool) -> None:
     assert ask(Engines(ActorDiedError(), asyncio.CancelledError()), stream=stream) == ANSWER
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_was_not_steered_as_asked_does_not_pass(stream: bool, wrong: str) -> None:
+    spec = SteeringSpec(vector="polite", version=1, coefficient=0.5)
+    vector = fake_artifact(0.5).vector
+    right = receipt_for(spec, vector)
+    request = replace(REQUEST, steering=spec, sha256=vector.sha256)
+    good = replace(ANSWER, receipt=right)
+    assert ask(Engines(answer=good), stream=stream, request=request) == good
+    bad = replace(ANSWER, receipt=WRONG[wrong](right))
+    with pytest.raises(SteeringError, match="the answer is not used"):
+        ask(Engines(answer=bad), stream=stream, request=request)
+    with pytest.raises(SteeringError, match="asked for no steering"):
+        ask(Engines(answer=good), stream=stream)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from PIL import Image
 
 from spo.engines.chat import ChatAnswer, ChatDelta, ChatRequest
 from spo.errors import EngineError
-from spo.records import FinishReason
 from tests.local_endpoint import ALL, MODEL, USE, LocalBackend, fake_artifact, local_endpoint
+from tests.receipts import WRONG
 
 STEERED = f"{MODEL}:polite"
 
@@ -200,21 +201,24 @@ def test_a_stream_ends_with_the_receipt(client: TestClient) -> None:
     assert len(text.split()) == 6
 
 
-def unsteered_answer() -> ChatAnswer:
-    return ChatAnswer(
-        text="rude", finish=FinishReason.STOP, prompt_tokens=1, completion_tokens=1, receipt=None
-    )
-
-
+@pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_engine_that_forgets_to_steer_is_found_out(
-    client: TestClient, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch, streamed: bool
+    client: TestClient,
+    backend: LocalBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    streamed: bool,
+    wrong: str,
 ) -> None:
-    async def complete(_: ChatRequest) -> ChatAnswer:
-        return unsteered_answer()
+    steered = backend.host.engine.complete
 
-    async def streaming(_: ChatRequest) -> AsyncIterator[ChatDelta | ChatAnswer]:
-        yield unsteered_answer()
+    async def complete(request: ChatRequest) -> ChatAnswer:
+        answer = await steered(request)
+        assert answer.receipt is not None
+        return replace(answer, text="rude", receipt=WRONG[wrong](answer.receipt))
+
+    async def streaming(request: ChatRequest) -> AsyncIterator[ChatDelta | ChatAnswer]:
+        yield await complete(request)
 
     monkeypatch.setattr(backend.host.engine, "complete", complete)
     monkeypatch.setattr(backend.host.engine, "stream", streaming)
@@ -242,7 +246,7 @@ def test_the_deadline_ends_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     async def slow(_: ChatRequest) -> ChatAnswer:
         await asyncio.sleep(5)
-        return unsteered_answer()
+        raise AssertionError("nobody waits this long")
 
     monkeypatch.setattr(backend.host.engine, "complete", slow)
     with TestClient(app) as client:

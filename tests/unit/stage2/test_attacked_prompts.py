@@ -34,6 +34,8 @@ def job(folder: Path, *, vector: bytes, targets: tuple[str, ...] = ("bad",)) -> 
     Image.new("RGB", (4, 4), "red").save(picture)
     return AttackJob(
         name="adaptive-pgd-16-0--stage1",
+        attack="adaptive-pgd-16",
+        defence="stage1",
         model=str(model),
         revision=None,
         picture=picture,
@@ -115,7 +117,8 @@ def test_pictures_are_found_again_by_what_they_depend_on(tmp_path: Path) -> None
     attacked = made.folder / f"{made.name}.png"
     made.folder.mkdir()
     attacked.touch()
-    curve = {"digest": made.digest, "attacked": str(attacked), "clean_loss": 2.0}
+    origin = {"attack": "adaptive-pgd-16", "defence": "stage1"}
+    curve = {"digest": made.digest, "attacked": str(attacked), "clean_loss": 2.0, **origin}
     (made.folder / f"{made.name}.json").write_text(json.dumps(curve))
 
     notes: list[str] = []

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from spo.engines.fake import FakeEngine
-from spo.errors import DataError, EngineError, StageError
+from spo.errors import DataError, EngineError, StageError, SteeringError
 from spo.records import Batch, GenerateRequest, Rollout
+from spo.stage2.coordinator_thread import CoordinatorThread
 from spo.stage2.ledger import Fate, Ledger, committed_ids
 from spo.stage2.loop import train
 from spo.vector import SteeringVector
+from tests.receipts import WRONG
 from tests.unit.stage2.test_preference_loop import (
-    Sync,
     WordScorer,
     coordinator,
     learner,
@@ -67,7 +68,9 @@ def ids(batch: Batch) -> list[str]:
     return [item.rollout.request_id for group in batch.groups for item in group]
 
 
-def run(made: Sync, steps: int, vector: SteeringVector, learn_s: float = 0.0) -> list[Batch]:
+def run(
+    made: CoordinatorThread, steps: int, vector: SteeringVector, learn_s: float = 0.0
+) -> list[Batch]:
     batches = []
     for step in range(steps):
         # Each step has a vector of its own.
@@ -120,6 +123,18 @@ def test_stale_samples_carry_the_receipt_of_the_vector_that_made_them() -> None:
     seen = {item.rollout.receipt.sha256 for g in batches[2].groups for item in g}  # type: ignore[union-attr]
     assert seen == {(vector * 1.01).sha256}
     assert batches[2].engine_logprobs  # the parity gate needs the current vector's
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_nothing_is_learned_from_an_answer_that_was_not_steered_as_asked(wrong: str) -> None:
+    class Forgetful(FakeEngine):
+        def generate(self, requests: Sequence[GenerateRequest]) -> list[Rollout]:
+            answers = super().generate(requests)
+            return [replace(r, receipt=r.receipt and WRONG[wrong](r.receipt)) for r in answers]
+
+    engine = Forgetful()
+    with pytest.raises(SteeringError, match="the answer is not used"):
+        coordinator(engine).batch(0, start_vector(engine))
 
 
 def test_static_answers_are_the_unsteered_model_s_and_proved_to_be() -> None:
@@ -275,7 +290,7 @@ def test_a_strict_run_interrupted_anywhere_ends_with_the_same_vector(
     """Learner and coordinator are both new after the interruption; one step is lost as well."""
     steps = 6
 
-    def follow(made: Sync, one: object, first: int, last: int) -> dict[str, object]:
+    def follow(made: CoordinatorThread, one: object, first: int, last: int) -> dict[str, object]:
         kept: dict[str, object] = {}
 
         def after(update: object, vector: SteeringVector) -> None:

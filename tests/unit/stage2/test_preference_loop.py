@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,9 @@ from spo.config import LearnConfig, RewardConfig, RolloutConfig, SteeringConfig
 from spo.engines.fake import WORDS, FakeEngine
 from spo.errors import DataError, StageError
 from spo.records import Batch, Operator, Prompt, PromptFormat, PromptKind, Rollout
-from spo.stage2.coordinator import Coordinator, Settings
-from spo.stage2.history import Recorder
+from spo.stage2.coordinator import CoordinatorFiles, CoordinatorSettings, make_coordinator
+from spo.stage2.coordinator_thread import CoordinatorThread
 from spo.stage2.learner import Update, VectorLearner
-from spo.stage2.ledger import Ledger
 from spo.stage2.loop import train
 from spo.stage2.schedule import Schedule
 from spo.vector import SteeringVector
@@ -75,25 +72,6 @@ ROLLOUT = RolloutConfig(
 )
 
 
-class Sync:
-    """A coordinator on an event loop of its own, called from plain code."""
-
-    def __init__(self, inner: Coordinator) -> None:
-        self.inner = inner
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-
-    def batch(self, step: int, vector: SteeringVector, rank: int = 0) -> Batch:
-        made = self.inner.batch(step, vector, rank=rank)
-        return asyncio.run_coroutine_threadsafe(made, self._loop).result(timeout=60)
-
-    def record(self, figures: Mapping[str, Any]) -> dict[str, Any]:
-        async def call() -> dict[str, Any]:
-            return self.inner.record(figures)
-
-        return asyncio.run_coroutine_threadsafe(call(), self._loop).result(timeout=60)
-
-
 def coordinator(
     engine: Any,
     scorer: object = None,
@@ -101,24 +79,23 @@ def coordinator(
     ledger: Path | None = None,
     informative: Callable[[Sequence[float]], bool] = lambda rewards: True,
     **changes: Any,
-) -> Sync:
+) -> CoordinatorThread:
     rollout = ROLLOUT.model_copy(update=changes)
-    return Sync(
-        Coordinator(
-            Schedule(prompts(), rollout, seed=0),
-            engine,
-            scorer or WordScorer(),  # type: ignore[arg-type]
-            Settings(
-                steering=STEERING,
-                rollout=rollout,
-                reward=RewardConfig(),
-                steps=50,
-                informative=informative,
-            ),
-            ledger=Ledger(ledger),
-            recorder=Recorder(RewardConfig(), history=history),
-        )
+    settings = CoordinatorSettings(
+        steering=STEERING,
+        rollout=rollout,
+        reward=RewardConfig(),
+        steps=50,
+        informative=informative,
     )
+    made = make_coordinator(
+        prompts(),
+        engine,
+        scorer or WordScorer(),  # type: ignore[arg-type]
+        settings,
+        CoordinatorFiles(history=history, ledger=ledger),
+    )
+    return CoordinatorThread(made, timeout_s=60)
 
 
 def learner(engine: FakeEngine, objective: str = "rloo") -> VectorLearner:

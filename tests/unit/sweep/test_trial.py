@@ -28,6 +28,7 @@ from tests.example_sweep import (
     save_vector,
     trial_of,
 )
+from tests.receipts import WRONG
 
 
 @pytest.fixture
@@ -120,15 +121,33 @@ def test_the_unsteered_figures_are_made_once_and_read_again(folder: Path) -> Non
     assert first.metrics["kl"].mean == 0.0
 
 
-def test_an_answer_that_was_not_steered_as_asked_stops_the_trial(folder: Path) -> None:
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_answer_that_was_not_steered_as_asked_stops_the_trial(folder: Path, wrong: str) -> None:
     class Forgetful(FakeEngine):
         def generate(self, requests: Any) -> list[Rollout]:
-            return [replace(r, receipt=None) for r in super().generate(requests)]
+            answers = super().generate(requests)
+            return [replace(r, receipt=r.receipt and WRONG[wrong](r.receipt)) for r in answers]
 
     plan = plan_of(*configs(folder))
-    with pytest.raises(SteeringError, match="the trial is not used"):
+    with pytest.raises(SteeringError, match="the answer is not used"):
         trial_of(plan, {}, Forgetful()).advance()
     assert read_result(plan.folder.trial(plan.digest(plan.base))) is None
+
+
+def test_unsteered_figures_are_never_those_of_a_steered_model(folder: Path) -> None:
+    sweep, _ = configs(folder)
+
+    class Steering(FakeEngine):
+        def generate(self, requests: Any) -> list[Rollout]:
+            spec = SteeringSpec(vector="v", version=0)
+            return super().generate([replace(r, steering=spec) for r in requests])
+
+    engine = Steering()
+    engine.publish("v", known_vector(), 0)
+    split = split_prompts(prompts(), sweep.validation)
+    made = Validator(engine, WordScorer(), split, config=sweep.validation, folder=folder, seed=0)
+    with pytest.raises(SteeringError, match="asked for no steering"):
+        made.unsteered()
 
 
 def test_a_score_that_is_not_finite_is_never_a_figure(

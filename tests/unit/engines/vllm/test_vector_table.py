@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spo.engines.vllm.plugin.wire import Lane, PluginConfig, RequestSteering, cache_salt, op_version
-from spo.engines.vllm.vector_table import Seen, SteeringDesk
+from spo.engines.vllm.vector_table import EngineAccount, SteeringDesk
 from spo.errors import SteeringError
 from spo.records import Operator, Positions, SteeringSpec
 from spo.vector import SteeringVector
@@ -176,7 +176,7 @@ def test_receipts_must_agree_with_what_was_asked_on_every_rank():
     desk = make_desk()
     binding = desk.bind([(spec(positions=Positions.GENERATED),)])[0]
     sha = binding.lanes[0].sha256
-    seen = Seen(prompt_length=10, tokens=14, cached=4, spans=())
+    seen = EngineAccount(prompt_length=10, tokens=14, cached=4, spans=())
     good = {"sha256": [sha], "steered": [5], "first": 4, "until": 14}
     receipt = desk.receipts(binding, [good, good], seen)[0]
     assert (receipt.sha256, receipt.layers) == (sha, (0, 1))
