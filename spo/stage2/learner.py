@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from spo.vector import SteeringVector
 VECTOR_FILE = "vector.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
+
+_MOST_REFUSED = 8
+"""Moves in a row that may be taken back before training ends with an error."""
 
 _Part = Sequence[Sequence[ScoredRollout]]
 """Groups that are computed together."""
@@ -100,6 +103,53 @@ class _Scale:
     units: float
 
 
+@dataclass(slots=True, kw_only=True)
+class _KlGuard:
+    """Takes back moves that cost too much on benign prompts, and never locks.
+
+    A vector is refused when its KL is over the bound *and* over that of the vector it came from, so
+    a start above the bound may come down. The vector that was gone back to is not asked again.
+    """
+
+    max_kl: float
+    kept: float | None = None
+    """KL, nats a token, of the last vector that was kept."""
+    went_back: bool = False
+    """The current vector is the kept one: the move before was refused."""
+    refused: int = 0
+    """Moves refused in a row."""
+
+    def refuses(self, kl: float) -> bool:
+        """Whether the current vector, of this KL, is refused.
+
+        Raises:
+            StageError: too many moves in a row were.
+        """
+        if self.kept is None or self.went_back or kl <= max(self.max_kl, self.kept):
+            if not self.went_back:
+                self.refused = 0
+            self.kept, self.went_back = kl, False
+            return False
+        self.went_back = True
+        self.refused += 1
+        if self.refused >= _MOST_REFUSED:
+            raise StageError(
+                f"{self.refused} steps in a row were taken back: KL {kl:.3g} on benign prompts is "
+                f"over learn.max_kl={self.max_kl:g} and over the {self.kept:.3g} before; begin "
+                "with a weaker steering.coefficient, or raise learn.kl_weight or learn.max_kl"
+            )
+        return True
+
+    def state(self) -> dict[str, float | bool | int | None]:
+        """For a checkpoint; `restore` is the inverse."""
+        return {"kept": self.kept, "went_back": self.went_back, "refused": self.refused}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.kept = state.get("kept")
+        self.went_back = bool(state.get("went_back", False))
+        self.refused = int(state.get("refused", 0))
+
+
 class VectorLearner:
     """Trains a steering vector on a frozen model.
 
@@ -151,6 +201,7 @@ class VectorLearner:
             ]
         )
         self._safe: dict[str, Tensor] = {}
+        self._guard = _KlGuard(max_kl=config.max_kl)
 
     @property
     def vector(self) -> SteeringVector:
@@ -181,7 +232,7 @@ class VectorLearner:
         for part, tokens in made_ahead(parts, self._tokens):
             self._accumulate(part, tokens, scale, sums, batch)
         benign = self._reduce(batch.step, sums, world)
-        rejected = benign > self._config.max_kl and bool(self._safe)
+        rejected = self._guard.refuses(benign)
         share = self._config.rate_share(batch.step)
         grad_norm = self._go_back() if rejected else self._step(share)
         gap = sums.gap / max(sums.gap_tokens, 1.0)
@@ -341,7 +392,8 @@ class VectorLearner:
             {name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / _OPTIMIZER
         )
         rates = [group["lr"] for group in self._optimizer.param_groups]
-        (folder / _STATE).write_text(json.dumps({"next_step": next_step, "rates": rates}))
+        state = {"next_step": next_step, "rates": rates, "guard": self._guard.state()}
+        (folder / _STATE).write_text(json.dumps(state))
 
     def restore(self, folder: Path) -> int:
         """Continue from a checkpoint; returns the step to run next."""
@@ -374,6 +426,8 @@ class VectorLearner:
         }
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+        # Checkpoints of earlier versions have no guard: the next vector counts as kept.
+        self._guard.restore(state.get("guard", {}))
         return next_step
 
 

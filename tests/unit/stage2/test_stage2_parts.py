@@ -17,7 +17,7 @@ from spo.actors.reward_pool import MicroBatcher
 from spo.bench.objectives import write_table
 from spo.config import LearnConfig, RewardConfig
 from spo.engines.fake import FakeEngine
-from spo.errors import ConfigError
+from spo.errors import ConfigError, StageError
 from spo.records import Batch
 from spo.scorers.crosscheck import ProfanityCheck
 from spo.stage2.history import Recorder, open_sinks
@@ -122,6 +122,45 @@ def test_a_step_that_breaks_benign_answers_is_taken_back() -> None:
     assert one.vector.sha256 != moved.sha256
     assert one.vector.sha256 == start_vector(engine).sha256
     assert update.learning_rate == pytest.approx(0.15 / 8**0.5)
+
+
+def moved_by(one: VectorLearner, much: float) -> None:
+    with torch.no_grad():
+        one._tensors["directions"].add_(much)
+
+
+def test_a_start_above_the_bound_does_not_lock() -> None:
+    engine = FakeEngine()
+    batch = batch_of(engine)
+    one = made(engine, max_kl=1e-9, kl_weight=5.0, kl_weight_harm=0.0, learning_rate=1e-3)
+    first = one.update(batch)
+    assert first.kl_benign > 1e-9
+    worse = made(engine, max_kl=1e-9, kl_weight=5.0, kl_weight_harm=0.0, learning_rate=1e-3)
+    worse.update(batch)
+    moved_by(worse, 0.5)
+    refused = worse.update(batch)
+    assert refused.rejected
+    after = worse.update(batch)  # from the kept vector, which is not asked again
+    assert not after.rejected
+    assert after.grad_norm > 0
+
+
+def test_moves_that_are_all_taken_back_end_the_training(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    batch = batch_of(engine)
+    one = made(engine, max_kl=1e-9, kl_weight=0.0, kl_weight_harm=0.0)
+    one.update(batch)
+    for step in range(7):
+        if step == 3:  # the count is in the checkpoint
+            one.save(tmp_path, step)
+            one = made(engine, max_kl=1e-9, kl_weight=0.0, kl_weight_harm=0.0)
+            one.restore(tmp_path)
+        moved_by(one, 0.5)
+        assert one.update(batch).rejected
+        assert not one.update(batch).rejected
+    moved_by(one, 0.5)
+    with pytest.raises(StageError, match="8 steps in a row were taken back"):
+        one.update(batch)
 
 
 def test_the_rate_warms_up_and_falls() -> None:
