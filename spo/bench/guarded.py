@@ -269,7 +269,8 @@ def stage1(
             mean_norms=norms,
             calibration=benign.mean(0),
             model_id=engine.info.model_id,
-            model_revision=engine.info.model_revision,
+            # The embedded model's name is the digest of all that it is made of.
+            model_revision="",
         )
         for name, direction in found.items()
     }
