@@ -44,9 +44,8 @@ class ScorerActor:
         from spo.scorers.crosscheck import ProfanityCheck
         from spo.scorers.toxicity import ToxicityScorer
 
-        device = "cuda" if config.num_gpus else "cpu"
-        self._toxicity = ToxicityScorer(**toxicity, device=device)
-        self._alignment = AlignmentScorer(**alignment, device=device)
+        self._toxicity = ToxicityScorer(**toxicity, device=config.device)
+        self._alignment = AlignmentScorer(**alignment, device=config.device)
         self._crosscheck: CrossCheck | None = (
             ProfanityCheck() if config.crosscheck == "profanity" else None
         )
@@ -178,8 +177,7 @@ class RewardPool:
             .options(
                 name=f"{prefix}-scorer-{i}",
                 num_cpus=0.5,
-                num_gpus=config.num_gpus,
-                label_selector=config.labels,
+                **config.ray_options(),
                 max_restarts=3,
                 max_concurrency=64,
                 scheduling_strategy="DEFAULT",

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from spo.config.base import Fraction, Location, Positive, Slice
 from spo.config.evaluation import AttackConfig, EvaluateConfig
+from spo.config.place import AttackPlace, ModelPlace
 from spo.config.serving import ServeConfig
 from spo.config.stage1 import EstimateConfig, ExtractConfig
 from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutConfig
@@ -106,6 +107,7 @@ class RunConfig(Slice):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     learn: LearnConfig = LearnConfig()
+    attack: AttackPlace = AttackPlace()
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
     ray: RayConfig = RayConfig()
@@ -118,6 +120,20 @@ class RunConfig(Slice):
                 "set learn.objective to dpo, simpo, bipo or reps"
             )
         return self
+
+    @model_validator(mode="after")
+    def _attacks_have_a_place(self) -> RunConfig:
+        try:
+            assert self.attack_place
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"'attack', filled up from 'learn': {said}") from error
+        return self
+
+    @property
+    def attack_place(self) -> ModelPlace:
+        """Where picture attacks run: as `attack` says, or else as the learner does."""
+        return self.attack.beside(self.learn)
 
     @property
     def run_url(self) -> str | None:
@@ -145,7 +161,10 @@ class RunConfig(Slice):
     def digest(self) -> str:
         """Digest of everything that changes results; output folders and Ray address do not."""
         places = dict.fromkeys(("output_dir", "cache_dir", "ray", "serve", "name"), True)
-        return _digest(self.model_dump(mode="json", exclude={**places, **_MANNER}))
+        # Younger than digests that must stay, and of it only the computation type counts.
+        attack = True if self.attack.dtype is None else {"num_gpus": True}
+        exclude = {**places, "attack": attack, **_MANNER}
+        return _digest(self.model_dump(mode="json", exclude=exclude))
 
     def digest_of(self, *sections: str, also: str = "") -> str:
         """Digest of some sections, and of `also`: what the result of one stage depends on."""
@@ -161,10 +180,13 @@ _MANNER = {"learn": {"compile": True}, "engine": {"in_process": True}}
 """Settings that change how something is computed, and no result beyond its last bits."""
 
 
+_PLACE = {"labels", "tensor_parallel_size"}
+
+
 def _placeless(content: Any) -> Any:
-    """Without node labels: where a process runs does not change what it computes."""
+    """Without node labels and ranks: where a model runs does not change what it computes."""
     if isinstance(content, dict):
-        return {key: _placeless(value) for key, value in content.items() if key != "labels"}
+        return {key: _placeless(value) for key, value in content.items() if key not in _PLACE}
     return [_placeless(item) for item in content] if isinstance(content, list) else content
 
 

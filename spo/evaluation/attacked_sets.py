@@ -162,7 +162,7 @@ def _job(
         prompts=defence.asked(prompts),
         targets=targets,
         config=attack,
-        learn=config.learn,
+        place=config.attack_place,
         seed=config.seed + number,
         vector=defence.vector,
         steering=defence.spec,

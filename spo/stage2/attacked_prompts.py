@@ -116,7 +116,7 @@ def _jobs(
             prompts=material.requests,
             targets=material.targets,
             config=attack,
-            learn=config.learn,
+            place=config.attack_place,
             seed=config.seed + _OTHER_TARGETS + number,
             vector=start.vector.to_bytes() if attack.adaptive else b"",
             steering=start.spec(start_name) if attack.adaptive else None,

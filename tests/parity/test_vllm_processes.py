@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 
-from spo.engines.base import LogprobRequest
+from spo.engines.base import CaptureRequest, LogprobRequest
 from spo.engines.vllm.asynchronous import AsyncVllmEngine
 from spo.engines.vllm.launch import VllmSettings, start_llm, stop_llm
 from spo.errors import SteeringError
-from spo.records import GenerateRequest, Operator, Sampling, SteeringSpec
+from spo.records import GenerateRequest, Operator, Positions, Sampling, SteeringSpec
 from tests.parity.conftest import make_prompt, make_vector
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -51,11 +52,15 @@ def test_the_traced_formula_equals_the_reference_when_compiled(engines, picture)
     engines.close()
 
 
-def test_two_tensor_parallel_ranks_equal_the_reference(engines, picture, monkeypatch):
-    # One NUMA node for two ranks: vLLM must not try to bind their threads.
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+def test_two_tensor_parallel_ranks_equal_the_reference(engines, picture):
     vllm, hf = engines("llava", tensor_parallel_size=2)
-    _equals_reference(vllm, hf, make_prompt("tell me of it", picture))
+    prompt = make_prompt("tell me of it", picture)
+    _equals_reference(vllm, hf, prompt)
+    layers = tuple(range(vllm.info.num_layers))
+    asked = CaptureRequest(request_id="r", prompt=prompt, layers=layers, positions=Positions.TEXT)
+    (read,), (reference,) = vllm.capture([asked]), hf.capture([asked])
+    assert read.tokens == reference.tokens
+    np.testing.assert_allclose(read.mean, reference.mean, rtol=1e-3, atol=1e-3)
 
 
 def test_the_asyncio_engine_mixes_publishes_and_refuses_like_the_other(engines, picture):

@@ -39,7 +39,7 @@ def job(folder: Path, *, vector: bytes, targets: tuple[str, ...] = ("bad",)) -> 
         prompts=PROMPTS,
         targets=targets,
         config=AttackConfig(adaptive=True),
-        learn=LearnConfig(),
+        place=LearnConfig(),
         seed=0,
         vector=vector,
         steering=artifact().spec("stage1"),
