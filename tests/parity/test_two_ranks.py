@@ -1,7 +1,8 @@
 """A model that lies on two ranks in the stages that hold it in vLLM: two processes on the CPU.
 
 Each stage is entered where the jobs enter it, configured by `tensor_parallel_size` alone, and
-compared with the same model whole in Transformers.
+compared with the same model whole in Transformers. Every engine takes a minute to start, so CI runs
+the rollouts alone; the others by `-m long`.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def test_rollouts(cluster: None, tiny_llava: Path) -> None:
         whole.close()
 
 
+@pytest.mark.long
 def test_extraction(tiny_llava: Path) -> None:
     prompts = [
         Prompt(prompt_id=name, text=f"some {name} to read", kind=PromptKind.HARM)
@@ -97,6 +99,7 @@ def test_extraction(tiny_llava: Path) -> None:
         np.testing.assert_allclose(second, first, rtol=2e-2, atol=5e-3)
 
 
+@pytest.mark.long
 def test_serving(tiny_llava: Path, tmp_path: Path) -> None:
     settings = ServeSettings(
         model=str(tiny_llava),
