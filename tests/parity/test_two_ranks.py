@@ -1,8 +1,8 @@
 """A model that lies on two ranks in the stages that hold it in vLLM: two processes on the CPU.
 
 Each stage is entered where the jobs enter it, configured by `tensor_parallel_size` alone, and
-compared with the same model whole in Transformers. Every engine takes a minute to start, so CI runs
-the rollouts alone; the others by `-m long`.
+compared with the same model whole in Transformers. Minutes each, so by `-m long` alone; CI starts
+two ranks once, in `test_vllm_processes.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from spo.stage1.extract import ActivationExtractor
 from tests.parity.conftest import make_prompt, make_vector
 from tests.tiny_models import HIDDEN
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.long]
 GREEDY = Sampling(max_tokens=6, temperature=0.0)
 SPEC = SteeringSpec(vector="a", version=1, operator=Operator.ADAPTIVE)
 ENGINE = EngineConfig(
@@ -76,7 +76,6 @@ def test_rollouts(cluster: None, tiny_llava: Path) -> None:
         whole.close()
 
 
-@pytest.mark.long
 def test_extraction(tiny_llava: Path) -> None:
     prompts = [
         Prompt(prompt_id=name, text=f"some {name} to read", kind=PromptKind.HARM)
@@ -99,7 +98,6 @@ def test_extraction(tiny_llava: Path) -> None:
         np.testing.assert_allclose(second, first, rtol=2e-2, atol=5e-3)
 
 
-@pytest.mark.long
 def test_serving(tiny_llava: Path, tmp_path: Path) -> None:
     settings = ServeSettings(
         model=str(tiny_llava),
