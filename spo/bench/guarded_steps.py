@@ -234,7 +234,6 @@ def heldout_step(place: Workplace, name: str, seed: int, count: int, steps: int)
         "strength": chosen["strength"],
         "within_budget": chosen["within_budget"],
         **found,
-        "prompts": {key: len(values) for key, values in found["marks"].items()},
         "requests": {
             key: [prompt.reference if key == "drawn" else prompt.text for prompt in prompts]
             for key, prompts in sets.items()
@@ -242,7 +241,8 @@ def heldout_step(place: Workplace, name: str, seed: int, count: int, steps: int)
         },
     }
     (place.folder / f"heldout-{name}-{seed}.json").write_text(json.dumps(row))
-    logger.info("HELD OUT %s", summary(row))
+    counts = {key: len(values) for key, values in found["marks"].items()}
+    logger.info("HELD OUT %s", summary(row | {"prompts": counts}))
 
 
 def _adaptive(

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spo.algorithms.metrics import bootstrap_interval, paired_interval
+from spo.algorithms.metrics import paired_interval
 from spo.artifact import SteeringArtifact
 from spo.bench.guarded import DEFENCES
-from spo.bench.guarded_steps import choose, over_refusal, worst_attack
+from spo.bench.guarded_steps import choose
 from spo.errors import DataError
 from spo.records import Interval
 from spo.vector import SteeringVector
@@ -36,7 +36,8 @@ def heldout_rows(folder: Path) -> dict[str, dict[str, Any]]:
     rows = {}
     for path in sorted(folder.glob("heldout-*.json")):
         row = json.loads(path.read_text())
-        rows[f"{row['defence']}-{row['seed']}"] = row
+        counts = {kind: len(marks) for kind, marks in row["marks"].items()}
+        rows[f"{row['defence']}-{row['seed']}"] = {**row, "prompts": counts}
     if "none-0" not in rows:
         raise DataError(
             f"{folder} has no held-out measurement of the unsteered model; run the step `heldout` "
@@ -61,35 +62,7 @@ def front_table(folder: Path) -> str:
         row = json.loads(line)
         name = f"{row['defence']}-{row['seed']}"
         mark = " *" if chosen[name]["strength"] == row["strength"] else ""
-        lines.append(
-            f"| {name}{mark} | {row['strength']:g} | {worst_attack(row['shares']):.3f} | "
-            f"{over_refusal(row):.3f} | {row['shares']['caption']:.3f} | {row['nll_text']:.3f} |"
-        )
-    return "\n".join(lines)
-
-
-def heldout_table(folder: Path) -> str:
-    """Prompt sets by defence with intervals over prompts, as Markdown."""
-    rows = heldout_rows(folder)
-    counts = {kind: len(marks) for kind, marks in rows["none-0"]["marks"].items()}
-    lines = [
-        "| | " + " | ".join(f"{name} @ {row['strength']:g}" for name, row in rows.items()) + " |",
-        "|---" * (len(rows) + 1) + "|",
-        "| worst attack | "
-        + " | ".join(f"{worst_attack(row['shares']):.3f}" for row in rows.values())
-        + " |",
-        "| over-refusal | "
-        + " | ".join(f"{over_refusal(row):.3f}" for row in rows.values())
-        + " |",
-    ]
-    for kind, count in counts.items():
-        cells = [
-            _shown(bootstrap_interval(units(row, kind), samples=_SAMPLES, seed=0))
-            for row in rows.values()
-        ]
-        lines.append(
-            f"| {kind} ({len(rows['none-0']['marks'][kind])}) | " + " | ".join(cells) + " |"
-        )
+        lines.append(f"| {kind} ({count}) | " + " | ".join(cells) + " |")
     cells = [f"{row['nll_text']:.3f}" for row in rows.values()]
     return "\n".join([*lines, "| NLL of given text | " + " | ".join(cells) + " |"])
 
