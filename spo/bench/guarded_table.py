@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,33 @@ def front_table(folder: Path) -> str:
         row = json.loads(line)
         name = f"{row['defence']}-{row['seed']}"
         mark = " *" if chosen[name]["strength"] == row["strength"] else ""
-        lines.append(f"| {kind} ({count}) | " + " | ".join(cells) + " |")
-    cells = [f"{row['nll_text']:.3f}" for row in rows.values()]
-    return "\n".join([*lines, "| NLL of given text | " + " | ".join(cells) + " |"])
+        lines.append(
+            f"| {name}{mark} | {row['strength']:g} | {worst_attack(row['shares']):.3f} | "
+            f"{over_refusal(row):.3f} | {row['shares']['caption']:.3f} | {row['nll_text']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def heldout_table(folder: Path) -> str:
+    """Prompt sets by defence with intervals over prompts, as Markdown."""
+    rows = heldout_rows(folder)
+
+    def line(name: str, cells: Iterable[str]) -> str:
+        return f"| {name} | " + " | ".join(cells) + " |"
+
+    lines = [
+        line("", (f"{name} @ {row['strength']:g}" for name, row in rows.items())),
+        "|---" * (len(rows) + 1) + "|",
+        line("worst attack", (f"{worst_attack(row['shares']):.3f}" for row in rows.values())),
+        line("over-refusal", (f"{over_refusal(row):.3f}" for row in rows.values())),
+    ]
+    for kind, marks in rows["none-0"]["marks"].items():
+        found = (
+            bootstrap_interval(units(row, kind), samples=_SAMPLES, seed=0) for row in rows.values()
+        )
+        lines.append(line(f"{kind} ({len(marks)})", map(_shown, found)))
+    lines.append(line("NLL of given text", (f"{row['nll_text']:.3f}" for row in rows.values())))
+    return "\n".join(lines)
 
 
 def differences(folder: Path, mine: str, other: str) -> dict[str, Interval]:
