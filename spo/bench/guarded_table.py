@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spo.algorithms.metrics import paired_interval
+from spo.algorithms.metrics import bootstrap_interval, paired_interval
 from spo.artifact import SteeringArtifact
 from spo.bench.guarded import DEFENCES
-from spo.bench.guarded_steps import choose
+from spo.bench.guarded_steps import choose, over_refusal, worst_attack
 from spo.errors import DataError
 from spo.records import Interval
 from spo.vector import SteeringVector
