@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     attacks.add_argument("--seed", type=int, default=0, help="of the first picture")
     attacks.add_argument("--at-once", type=int, default=24, help="pictures that share passes")
     attacks.add_argument("--device", default="cpu", help="torch device, such as cuda")
+    check = add("check", _check)
+    check.add_argument("--cache", type=Path, default=Path(DEFAULT_CACHE), help="model folder")
+    check.add_argument("--count", type=int, default=64, help="held-out requests of each set")
     pack.add_argument("--data", type=Path, required=True, help="folder of labelled text")
     pack.add_argument("--out", type=Path, required=True, help="the .jsonl.gz to write")
     return parser
@@ -247,6 +250,22 @@ def _attacks(arguments: argparse.Namespace) -> None:
             f"{picture.split:10} {picture.objective:10} {picture.epsilon_255:5.0f}/255 loss "
             f"{picture.first_loss:.2f} -> {picture.last_loss:.2f}"
         )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Print what the guarded model and its pictures reach; ends with 1 where one falls short."""
+    from spo.engines.hf.engine import HfEngine
+    from spo.testbed import model
+    from spo.testbed.attack_pictures import shipped_pictures
+    from spo.testbed.check import check_guard
+
+    cache = arguments.cache.expanduser()
+    engine = HfEngine(str(model.assemble(cache)), batch_size=48)
+    found = check_guard(engine, shipped_pictures(model.identity()), cache, count=arguments.count)
+    for figure in found:
+        print(figure)
+    if not all(figure.met for figure in found):
+        raise SystemExit(1)
 
 
 def _train_all(arguments: argparse.Namespace) -> None:
