@@ -81,7 +81,9 @@ class Workplace:
         batch = 512 if device == "cuda" else 48
         self._hf: HfEngine | None = None
         if backend == "vllm":
-            self.engine: Answering = VllmEngine(str(model), max_model_len=512, max_num_seqs=64)
+            self.engine: Answering = VllmEngine(
+                str(model), max_model_len=512, max_num_seqs=64, kv_cache_gib=2.0
+            )
         else:
             self.engine = self._hf = HfEngine(str(model), device=device, batch_size=batch)
         self.pictures = PictureSet.load(pictures, model=identity(weights))
