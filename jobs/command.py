@@ -50,6 +50,7 @@ def workload(config: RunConfig) -> Workload:
         engine=config.engine,
         reward=config.reward,
         learn=config.learn,
+        attack=config.attack,
         loop_attacks=config.data.attacks,
         attacks=config.evaluate.attacks,
     )

@@ -96,8 +96,13 @@ def open_model(
     on_gpu = torch.cuda.is_available() if gpu is None else gpu
     if backend == "transformers" and dtype == "auto" and on_gpu:
         dtype = "bfloat16"
-    chosen = {"backend": _BACKENDS[backend], "dtype": dtype, "num_gpus": float(on_gpu)}
-    tree = (settings or EngineConfig()).model_dump() | chosen
+    given = settings or EngineConfig()
+    cards = float(on_gpu) * given.tensor_parallel_size
+    tree = given.model_dump() | {
+        "backend": _BACKENDS[backend],
+        "dtype": dtype,
+        "num_gpus": cards,
+    }
     config = validated(EngineConfig, tree, None)
     cache = DEFAULT_CACHE.expanduser().absolute()
     found = resolve_model(ModelConfig(id=str(model), revision=revision), cache)

@@ -110,8 +110,7 @@ class EnginePool:
             remote.options(
                 name=f"{prefix}-engine-{i}",
                 num_cpus=1,
-                num_gpus=config.num_gpus,
-                label_selector=config.labels,
+                **config.ray_options(),
                 max_restarts=config.max_restarts,
                 max_task_retries=0,
                 # Not inside the placement group of a sweep's trial, which holds its learner alone.

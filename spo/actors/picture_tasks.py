@@ -21,9 +21,9 @@ from spo.config import (
     AdversarialSource,
     AttributionSource,
     ExtractConfig,
-    LearnConfig,
     PgdConfig,
 )
+from spo.config.place import ModelPlace
 from spo.engines.identity import folder_revision
 from spo.errors import StageError
 from spo.files import write_atomic
@@ -57,8 +57,7 @@ class AttackJob:
     targets: Sequence[str]
     """`corpus`: harmful sentences; `prompt`: one for each prompt."""
     config: PgdConfig
-    learn: LearnConfig
-    """Device and computation type."""
+    place: ModelPlace
     seed: int
     vector: bytes = b""
     """Serialised vector of the defence that an adaptive attack goes through."""
@@ -74,7 +73,7 @@ class AttackJob:
         model = folder_revision(self.model) if local else (self.model, self.revision)
         # Of the content: the same vector is written in another order each time.
         vector = SteeringVector.from_bytes(self.vector).sha256 if self.vector else ""
-        plain = (self.config.model_dump_json(), self.learn.dtype, self.seed, vector)
+        plain = (self.config.model_dump_json(), self.place.dtype, self.seed, vector)
         asked = (repr(self.steering), repr(self.prompts), repr(self.targets))
         content = (model, self.picture.read_bytes(), *plain, *asked)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
@@ -86,11 +85,13 @@ class Workshop:
 
     model: ResolvedModel
     """The model under defence."""
-    learn: LearnConfig
-    """Device and computation type; in the loop also the artifact that adaptive attacks meet."""
+    place: ModelPlace
+    """Where they run."""
     run_dir: Path
     seed: int
     """The run's."""
+    start: str = "stage1"
+    """In the loop: name of the artifact that adaptive attacks go through."""
 
 
 def attack_picture(job: AttackJob) -> dict[str, Any]:
@@ -103,8 +104,8 @@ def attack_picture(job: AttackJob) -> dict[str, Any]:
     engine = HfEngine(
         job.model,
         revision=job.revision,
-        dtype=job.learn.dtype,
-        device="cuda" if job.learn.use_gpu else "cpu",
+        dtype=job.place.torch_dtype,
+        device=job.place.torch_devices,
     )
     plan = None
     if job.steering is not None:
@@ -235,13 +236,8 @@ def run_attacks(
     """
     if not jobs:
         return
-    shares = [
-        {"num_cpus": 1, "num_gpus": job.learn.num_gpus if job.learn.use_gpu else 0} for job in jobs
-    ]
-    waiting = {
-        ray.remote(attack_picture).options(**share).remote(job): job
-        for job, share in zip(jobs, shares, strict=True)
-    }
+    task = ray.remote(attack_picture)
+    waiting = {task.options(num_cpus=1, **job.place.ray_options()).remote(job): job for job in jobs}
     limit = max(job.config.timeout_s for job in jobs)
     while waiting:
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=limit)
@@ -365,8 +361,8 @@ def _engine(job: PictureJob) -> Any:
     return HfEngine(
         job.model,
         revision=job.revision,
-        dtype=job.extract.dtype,
-        device="cuda" if job.extract.num_gpus else "cpu",
+        dtype=job.extract.torch_dtype,
+        device=job.extract.torch_devices,
         batch_size=job.extract.batch_size,
     )
 
@@ -384,8 +380,7 @@ def picture_pairs(
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     workers = min(job.extract.workers, len(job.starts))
-    share = {"num_cpus": 1, "num_gpus": job.extract.num_gpus}
-    task = ray.remote(make_pictures).options(**share)
+    task = ray.remote(make_pictures).options(num_cpus=1, **job.extract.ray_options())
     parts = [list(job.starts[worker::workers]) for worker in range(workers)]
     waiting = [task.remote(replace(job, starts=part)) for part in parts]
     done: list[Any] = []

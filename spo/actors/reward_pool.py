@@ -42,7 +42,7 @@ class ScorerActor:
     """
 
     def __init__(self, parts: Sequence[AnyRewardPart], config: RewardConfig) -> None:
-        place = Place(device="cuda" if config.num_gpus else "cpu", load_picture=load_image)
+        place = Place(device=config.device, load_picture=load_image)
         self._here: list[tuple[AnyRewardPart, PartScorer]] = []
         self._remote: list[tuple[AnyRewardPart, PartScorer]] = []
         for part in parts:
@@ -215,8 +215,7 @@ class RewardPool:
             .options(
                 name=f"{prefix}-scorer-{i}",
                 num_cpus=0.5,
-                num_gpus=config.num_gpus,
-                label_selector=config.labels,
+                **config.ray_options(),
                 max_restarts=3,
                 max_concurrency=_CALLS,
                 scheduling_strategy="DEFAULT",

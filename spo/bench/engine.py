@@ -67,7 +67,6 @@ _TWO_RANKS: dict[str, Any] = {
         "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
         "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
         "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     },
 }
 _TWO_RANK_OPTIONS = {

@@ -148,7 +148,11 @@ def _refine(
         corpus=corpus,
         start=start,
         workshop=Workshop(
-            model=pools.model, learn=config.learn, run_dir=config.run_dir, seed=config.seed
+            model=pools.model,
+            place=config.attack_place,
+            run_dir=config.run_dir,
+            seed=config.seed,
+            start=config.learn.start,
         ),
         reporter=Silent(),
     )

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from spo import plugins
 from spo.config.attacks import PgdConfig
 from spo.config.base import Fraction, Location, Positive, Slice
 from spo.config.evaluation import EvaluateConfig, LlmJudgeConfig
+from spo.config.place import AttackPlace, ModelPlace
 from spo.config.serving import ServeConfig
 from spo.config.stage1 import EstimateConfig, ExtractConfig
 from spo.config.stage2 import EngineConfig, LearnConfig, RewardConfig, RolloutConfig
@@ -129,6 +130,7 @@ class RunConfig(Slice):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     learn: LearnConfig = LearnConfig()
+    attack: AttackPlace = AttackPlace()
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
     ray: RayConfig = RayConfig()
@@ -166,6 +168,20 @@ class RunConfig(Slice):
         for group in plugins.HOMES:  # a name used twice is an error even where a default is taken
             plugins.names(group)
         return self
+
+    @model_validator(mode="after")
+    def _attacks_have_a_place(self) -> RunConfig:
+        try:
+            assert self.attack_place
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"'attack', filled up from 'learn': {said}") from error
+        return self
+
+    @property
+    def attack_place(self) -> ModelPlace:
+        """Where picture attacks run: as `attack` says, or else as the learner does."""
+        return self.attack.beside(self.learn)
 
     @property
     def run_url(self) -> str | None:
@@ -205,7 +221,10 @@ class RunConfig(Slice):
     def digest(self) -> str:
         """Digest of everything that changes results; output folders and Ray address do not."""
         places = dict.fromkeys(("output_dir", "cache_dir", "ray", "serve", "name"), True)
-        return _digest(self.model_dump(mode="json", exclude={**places, **self._left_out}))
+        # Younger than digests that must stay, and of it only the computation type counts.
+        attack = True if self.attack.dtype is None else {"num_gpus": True}
+        exclude = {**places, "attack": attack, **self._left_out}
+        return _digest(self.model_dump(mode="json", exclude=exclude))
 
     def digest_of(self, *sections: str, also: str = "") -> str:
         """Digest of some sections, and of `also`: what the result of one stage depends on."""
@@ -213,7 +232,7 @@ class RunConfig(Slice):
         return _digest([content, also])
 
     @property
-    def _left_out(self) -> dict[str, dict[str, bool]]:
+    def _left_out(self) -> dict[str, Any]:
         """Settings that no digest counts; a later key that is not set is one of them, so that
         what was made before it came is found again."""
         return {**_MANNER, "extract": {"calibration": self.extract.calibration is None}}
@@ -227,10 +246,13 @@ _MANNER = {"learn": {"compile": True}, "engine": {"in_process": True}}
 """Settings that change how something is computed, and no result beyond its last bits."""
 
 
+_PLACE = {"labels", "tensor_parallel_size"}
+
+
 def _placeless(content: Any) -> Any:
-    """Without node labels: where a process runs does not change what it computes."""
+    """Without node labels and ranks: where a model runs does not change what it computes."""
     if isinstance(content, dict):
-        return {key: _placeless(value) for key, value in content.items() if key != "labels"}
+        return {key: _placeless(value) for key, value in content.items() if key not in _PLACE}
     return [_placeless(item) for item in content] if isinstance(content, list) else content
 
 

@@ -70,7 +70,8 @@ class ServeConfig(Slice):
     stream_interval_ms: Annotated[float, Field(ge=0)] = 20.0
     """Tokens that come closer together than this are sent as one piece."""
     engine_options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of vLLM, e.g. {tensor_parallel_size: 2}."""
+    """Further arguments of vLLM, e.g. {max_num_batched_tokens: 4096}; several cards:
+    `engine.tensor_parallel_size`."""
 
     @model_validator(mode="after")
     def _limits_agree(self) -> ServeConfig:

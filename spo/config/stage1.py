@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from spo import plugins
-from spo.config.base import Fraction, Labels, Positive, Slice
+from spo.config.base import Fraction, Positive, Slice
 from spo.config.datasets import DatasetConfig
+from spo.config.place import EnginePlace
 from spo.records import Positions
 
 
@@ -137,8 +138,8 @@ SourceConfig = Annotated[
 ]
 
 
-class ExtractConfig(Slice):
-    """Activation extraction with Ray Data."""
+class ExtractConfig(EnginePlace):
+    """Activation extraction with Ray Data; each worker holds a copy of the model."""
 
     sources: tuple[SourceConfig, ...] = (
         ContinuationSource(),
@@ -156,9 +157,6 @@ class ExtractConfig(Slice):
     backend: Literal["hf", "vllm"] = "hf"
     """`hf` is exact and stops early; `vllm` reads through the engine's capture op."""
     workers: Positive = 1
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPU share of each worker; 0 runs on the CPU."""
-    labels: Labels = Field(default_factory=dict)
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Computation type."""
     storage: Literal["float16", "bfloat16"] = "float16"
@@ -172,8 +170,6 @@ class ExtractConfig(Slice):
     """Without any finished block for this long, the extraction fails."""
     max_model_len: Positive = 2048
     """`vllm`: longest row in tokens."""
-    memory_gib: Annotated[float, Field(gt=0)] = 2.0
-    """`vllm` on a CPU: cache memory."""
 
 
 class EstimateConfig(Slice):

@@ -14,7 +14,8 @@ from pydantic import (
 )
 
 from spo import plugins
-from spo.config.base import Fraction, Labels, Positive, Slice
+from spo.config.base import Fraction, Positive, Slice
+from spo.config.place import EnginePlace, ModelPlace, PlaceConfig
 from spo.config.rewards import (
     AlignmentPart,
     AnyRewardPart,
@@ -25,24 +26,18 @@ from spo.config.rewards import (
 )
 
 
-class EngineConfig(Slice):
-    """Rollout engines."""
+class EngineConfig(EnginePlace):
+    """Rollout engines, which evaluate and serve too."""
 
     backend: Literal["vllm", "hf", "fake"] = "vllm"
     replicas: Positive = 1
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: Positive = 2048
     """Longest prompt and answer, picture tokens included."""
     max_num_seqs: Positive = 64
-    memory_gib: Annotated[float, Field(gt=0)] = 2.0
-    """Cache memory of the engine on a CPU; on a GPU see `gpu_memory_utilization`."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.55
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPU share of each replica in Ray; 0 runs on the CPU."""
     in_process: bool | None = None
     """Whether vLLM's core works in the actor's own process; None: on a CPU, where it starts 40
-    seconds sooner, and not on a GPU."""
-    labels: Labels = Field(default_factory=dict)
+    seconds sooner, and not on a GPU or with several ranks."""
     slots: Positive = 32
     """Vector versions that one engine holds at once, over all callers that share it."""
     min_engines: Positive = 1
@@ -59,7 +54,19 @@ class EngineConfig(Slice):
     def _enough_engines(self) -> EngineConfig:
         if self.min_engines > self.replicas:
             raise ValueError(f"min_engines={self.min_engines} is more than replicas")
+        if self.in_process and self.tensor_parallel_size > 1:
+            raise ValueError(
+                "in_process=true holds one rank, got tensor_parallel_size="
+                f"{self.tensor_parallel_size}: leave in_process out"
+            )
         return self
+
+    def engine_arguments(self) -> dict[str, Any]:
+        return {
+            **super().engine_arguments(),
+            "max_num_seqs": self.max_num_seqs,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+        }
 
 
 class RolloutConfig(Slice):
@@ -111,7 +118,7 @@ _WITHOUT_PARTS = (
 """Keys of `RewardConfig` that make the usual four parts, where `parts` does not name them."""
 
 
-class RewardConfig(Slice):
+class RewardConfig(PlaceConfig):
     """What is rewarded: `parts`, or the usual four by their weights; how reward models run."""
 
     parts: tuple[AnyRewardPart, ...] | None = None
@@ -141,9 +148,6 @@ class RewardConfig(Slice):
     batch_wait_s: Annotated[float, Field(ge=0)] = 0.02
     """How long a scorer waits for more of them; 0 scores every call by itself, so that scores do
     not depend on what else came in."""
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPU share of each scorer; 0 runs on the CPU."""
-    labels: Labels = Field(default_factory=dict)
     replicas: Positive = 1
     timeout_s: Positive = 300
 
@@ -196,8 +200,8 @@ class RewardConfig(Slice):
         return found[0] if found else AlignmentPart(name="alignment", weight=0.0)
 
 
-class LearnConfig(Slice):
-    """Stage II."""
+class LearnConfig(ModelPlace):
+    """Stage II; each worker holds a copy of the model."""
 
     objective: Annotated[str, AfterValidator(plugins.checked(plugins.OBJECTIVES))] = "rloo"
     """A built-in objective (`spo.algorithms.objectives`) or one that another package adds."""
@@ -261,7 +265,6 @@ class LearnConfig(Slice):
     use_gpu: bool = False
     num_gpus: Annotated[float, Field(gt=0)] = 1.0
     """GPU share of each worker, with `use_gpu`; below 1 it shares a card with an engine."""
-    labels: Labels = Field(default_factory=dict)
     max_failures: Annotated[int, Field(ge=0)] = 3
 
     @model_validator(mode="after")
@@ -276,6 +279,14 @@ class LearnConfig(Slice):
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers")
         return self
+
+    @property
+    def gpus(self) -> float:
+        return self.num_gpus if self.use_gpu else 0.0
+
+    @property
+    def _gpu_setting(self) -> str:
+        return "use_gpu=true and num_gpus={ranks}"
 
     def rate_share(self, step: int) -> float:
         """Share of the learning rate that step `step`, from 0, is taken with; never 0."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from spo.config import EngineConfig, LearnConfig
 from spo.engines.base import Engine
 from spo.engines.forward import DifferentiableEngine
@@ -33,21 +35,19 @@ def open_engine(
     if config.backend == "hf":
         from spo.engines.hf.engine import HfEngine
 
-        dtype = "float32" if config.dtype == "auto" else config.dtype
-        device = "cuda" if config.num_gpus else "cpu"
         return HfEngine(
-            model, revision=revision, dtype=dtype, device=device, batch_size=config.max_num_seqs
+            model,
+            revision=revision,
+            dtype=config.torch_dtype,
+            device=config.torch_devices,
+            batch_size=config.max_num_seqs,
         )
     from spo.engines.vllm.engine import VllmEngine
 
     return VllmEngine(
         model,
         revision=revision,
-        dtype=config.dtype,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        kv_cache_gib=None if config.num_gpus else config.memory_gib,
-        gpu_memory_utilization=config.gpu_memory_utilization,
+        **config.engine_arguments(),
         in_process=config.in_process,
         slots=config.slots,
         capture_rows=capture_rows,
@@ -57,14 +57,15 @@ def open_engine(
 
 
 def open_learner_engine(
-    model: str, revision: str | None, config: LearnConfig
+    model: str, revision: str | None, config: LearnConfig, devices: Sequence[str] = ()
 ) -> DifferentiableEngine:
-    """Load a model for learning, on the device that the configuration names.
+    """Load a model for learning, on the devices that the configuration names.
 
     Args:
         model: local folder or hub id, or "fake".
         revision: hub revision.
         config: learner settings.
+        devices: this process's own cards, where it sees those of others too.
     """
     if model == "fake":
         from spo.engines.fake import FakeEngine
@@ -75,7 +76,7 @@ def open_learner_engine(
     return HfEngine(
         model,
         revision=revision,
-        dtype=config.dtype,
-        device="cuda" if config.use_gpu else "cpu",
+        dtype=config.torch_dtype,
+        device=devices or config.torch_devices,
         compiled_scores=config.compile,
     )

@@ -180,7 +180,7 @@ def _job(
         prompts=defence.asked(prompts),
         targets=targets,
         config=attack,
-        learn=workshop.learn,
+        place=workshop.place,
         seed=workshop.seed + number,
         vector=defence.vector,
         steering=defence.spec,

@@ -22,7 +22,7 @@ def run_evaluate(config: RunConfig, reporter: Reporter, pools: Pools) -> None:
     defences = open_defences(config.evaluate.defences, config.run_dir, pools.rollouts, reporter)
     reporter.stage(f"Evaluate: {', '.join(defence.name for defence in defences)}")
     workshop = Workshop(
-        model=pools.model, learn=config.learn, run_dir=config.run_dir, seed=config.seed
+        model=pools.model, place=config.attack_place, run_dir=config.run_dir, seed=config.seed
     )
     attacked = attacked_sets(config.evaluate, inputs, defences, workshop, reporter)
     sets = [*inputs.sets, *attacked]

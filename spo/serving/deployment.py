@@ -76,13 +76,9 @@ async def open_chat_engine(settings: ServeSettings) -> ChatEngine:
     from spo.engines.vllm.launch import VllmSettings
 
     vllm = VllmSettings(
-        dtype=engine.dtype,
+        **engine.engine_arguments(),
         slots=limits.slots,
         capture_rows=0,
-        max_model_len=engine.max_model_len,
-        max_num_seqs=engine.max_num_seqs,
-        kv_cache_gib=None if engine.num_gpus else engine.memory_gib,
-        gpu_memory_utilization=engine.gpu_memory_utilization if engine.num_gpus else None,
         seed=settings.seed,
         engine_options={
             "limit_mm_per_prompt": {"image": limits.max_images, "video": 0},
@@ -286,7 +282,7 @@ def application(settings: ServeSettings) -> serve.Application:
     engines = serve.deployment(EngineReplica).options(
         name="engine",
         max_ongoing_requests=2 * engine.max_num_seqs + 8,
-        ray_actor_options={"num_cpus": 1, "num_gpus": engine.num_gpus, "runtime_env": environment},
+        ray_actor_options={"num_cpus": 1, **engine.ray_options(), "runtime_env": environment},
         **scaling,
         **health,
     )

@@ -135,7 +135,7 @@ def _gpus(config: Workload, facts: NodeFacts) -> list[Finding]:
                 "nvidia-smi, or start the node with the true --num-gpus",
             )
         ]
-    wants = config.engine.num_gpus or config.extract.num_gpus or config.learn.use_gpu
+    wants = config.engine.gpus or config.extract.gpus or config.learn.gpus
     if facts.gpus and not wants:
         return [
             warning(
@@ -149,7 +149,7 @@ def _gpus(config: Workload, facts: NodeFacts) -> list[Finding]:
 
 def _memory(config: Workload, facts: NodeFacts) -> list[Finding]:
     findings = []
-    needed = _BASE_MEMORY_GIB + (0.0 if config.engine.num_gpus else config.engine.memory_gib)
+    needed = _BASE_MEMORY_GIB + (0.0 if config.engine.gpus else config.engine.memory_gib)
     if facts.memory_gib < needed:
         findings.append(
             problem(

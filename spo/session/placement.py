@@ -14,6 +14,7 @@ from spo.config import (
     PgdConfig,
     RewardConfig,
 )
+from spo.config.place import AttackPlace, PlaceConfig
 from spo.errors import StageError
 
 _SLACK = 1e-6
@@ -31,6 +32,36 @@ class Role:
     """Labels that its node must have."""
     setting: str
     """What to lower when there is no room."""
+
+    @classmethod
+    def of(
+        cls,
+        place: PlaceConfig,
+        name: str,
+        *,
+        count: int,
+        key: str,
+        cpus: float = 1,
+        counted: str = "",
+    ) -> Role:
+        """The role of `count` processes at one place.
+
+        Args:
+            place: where each of them runs.
+            name: what they are.
+            count: how many there are.
+            key: section of the configuration that says where.
+            cpus: of each.
+            counted: setting behind their number; "" is `key`'s `replicas`.
+        """
+        return cls(
+            name=name,
+            count=count,
+            cpus=cpus,
+            gpus=place.gpus,
+            labels=place.labels,
+            setting=f"{counted or f'{key}.replicas'} or {key}.num_gpus",
+        )
 
     def __str__(self) -> str:
         where = "".join(f", {key}={value}" for key, value in self.labels.items())
@@ -71,6 +102,7 @@ class Workload:
     engine: EngineConfig
     reward: RewardConfig
     learn: LearnConfig
+    attack: AttackPlace
     loop_attacks: Sequence[AttackConfig]
     """`data.attacks`."""
     attacks: Sequence[AttackConfig]
@@ -79,58 +111,40 @@ class Workload:
 
 def phases_of(config: Workload, stages: Sequence[str]) -> dict[str, list[Role]]:
     """Roles that work at the same time, for each of the stages "extract", "train", "evaluate"."""
-    engine, learn, extract = config.engine, config.learn, config.extract
-    engines = Role(
-        name="engine",
-        count=engine.replicas,
-        cpus=1,
-        gpus=engine.num_gpus,
-        labels=engine.labels,
-        setting="engine.replicas or engine.num_gpus",
+    extract, engine, learn = config.extract, config.engine, config.learn
+    engines = Role.of(engine, "engine", count=engine.replicas, key="engine")
+    scorers = Role.of(config.reward, "scorer", count=config.reward.replicas, cpus=0.5, key="reward")
+    learners = Role.of(
+        learn, "learner", count=learn.workers, cpus=0.1, key="learn", counted="learn.workers"
     )
-    scorers = Role(
-        name="scorer",
-        count=config.reward.replicas,
-        cpus=0.5,
-        gpus=config.reward.num_gpus,
-        labels=config.reward.labels,
-        setting="reward.replicas or reward.num_gpus",
-    )
-    gpus = learn.num_gpus if learn.use_gpu else 0.0
-    learners = Role(
-        name="learner",
-        count=learn.workers,
-        cpus=0.1,
-        gpus=gpus,
-        labels=learn.labels,
-        setting="learn.workers or learn.num_gpus",
-    )
+    readers = Role.of(PlaceConfig(), "reader", count=1, key="extract", counted="extract.workers")
 
     def attacks(where: str, listed: Sequence[AttackConfig]) -> Role:
-        return Role(
-            name="picture attack",
+        return Role.of(
+            config.attack.beside(learn),
+            "picture attack",
             count=min(1, sum(isinstance(attack, PgdConfig) for attack in listed)),
-            cpus=1,
-            gpus=gpus,
-            setting=f"learn.num_gpus or {where}.attacks",
+            key="learn" if config.attack.num_gpus is None else "attack",
+            counted=f"{where}.attacks",
         )
 
-    in_loop = attacks("data", config.loop_attacks)
-    in_evaluation = attacks("evaluate", config.attacks)
     known = {
         "extract": [
-            Role(
-                name="extraction worker",
+            Role.of(
+                extract,
+                "extraction worker",
                 count=extract.workers,
-                cpus=1,
-                gpus=extract.num_gpus,
-                labels=extract.labels,
-                setting="extract.workers or extract.num_gpus",
+                key="extract",
+                counted="extract.workers",
             ),
-            Role(name="reader", count=1, cpus=1, gpus=0, setting="extract.workers"),
+            readers,
         ],
-        "train": [engines, scorers, learners, in_loop],
-        "evaluate": [engines, in_evaluation, *([scorers] if "train" in stages else [])],
+        "train": [engines, scorers, learners, attacks("data", config.loop_attacks)],
+        "evaluate": [
+            engines,
+            attacks("evaluate", config.attacks),
+            *([scorers] if "train" in stages else []),
+        ],
     }
     return {stage: known[stage] for stage in stages}
 

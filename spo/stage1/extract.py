@@ -113,19 +113,17 @@ def _open_engine(model: str, revision: str | None, config: ExtractConfig) -> Any
         return VllmEngine(
             model,
             revision=revision,
-            dtype=config.dtype,
             capture_rows=config.batch_size,
             max_num_seqs=config.batch_size,
-            max_model_len=config.max_model_len,
-            kv_cache_gib=None if config.num_gpus else config.memory_gib,
+            **config.engine_arguments(),
         )
     from spo.engines.hf.engine import HfEngine
 
     engine: Engine = HfEngine(
         model,
         revision=revision,
-        dtype=config.dtype,
-        device="cuda" if config.num_gpus else "cpu",
+        dtype=config.torch_dtype,
+        device=config.torch_devices,
         batch_size=config.batch_size,
         compiled_capture=config.compile,
     )
@@ -168,7 +166,7 @@ def extract(
 def _run(folder: Path, model: str, revision: str | None, config: ExtractConfig) -> None:
     import ray
 
-    hf_on_gpu = config.backend == "hf" and config.num_gpus > 0
+    hf_on_gpu = config.backend == "hf" and config.gpus > 0
     with _checkpointing(folder / "checkpoint", config):
         dataset = ray.data.read_parquet(str(folder / "input"), columns=["row_id", "row"])
         mapped = dataset.repartition(target_num_rows_per_block=config.rows_per_block).map_batches(
@@ -182,8 +180,7 @@ def _run(folder: Path, model: str, revision: str | None, config: ExtractConfig) 
                 enable_true_multi_threading=hf_on_gpu or None,
             ),
             num_cpus=1,
-            num_gpus=config.num_gpus or None,
-            label_selector=config.labels,
+            **(config.ray_options() | {"num_gpus": config.gpus or None}),
         )
         try:
             mapped.write_parquet(str(folder / DATA))

@@ -24,8 +24,9 @@ from spo.vector import SteeringVector
 
 STAGE1 = "stage1"
 LEFT_OUT = "leave_one_out.json"
-_CONTENT = {"layers", "backend", "dtype", "storage"}
-"""Settings of the extraction that change what is written; the rows count by their content."""
+_CONTENT = ("layers", "backend", "dtype", "storage")
+"""Settings of the extraction that change what is written; the rows count by their content. In the
+order in which the digests of earlier runs have them."""
 
 
 def run_extract(config: RunConfig, reporter: Reporter) -> Path:
@@ -44,7 +45,8 @@ def run_extract(config: RunConfig, reporter: Reporter) -> Path:
         )
     )
     reporter.stage(f"Extract activations of {len(rows)} rows")
-    settings = config.extract.model_dump_json(include=_CONTENT)
+    chosen = config.extract.model_dump(mode="json", include=set(_CONTENT))
+    settings = json.dumps({name: chosen[name] for name in _CONTENT}, separators=(",", ":"))
     content = model.path + folder_revision(model.path) + digest_of_rows(rows) + settings
     folder = extract(
         rows,

@@ -77,7 +77,7 @@ def _jobs(
     start: SteeringArtifact,
     workshop: Workshop,
 ) -> list[AttackJob]:
-    start_name, model = workshop.learn.start, workshop.model
+    start_name, model = workshop.start, workshop.model
     return [
         AttackJob(
             name=f"{attack.name}-{number}--{start_name if attack.adaptive else 'none'}",
@@ -90,7 +90,7 @@ def _jobs(
             prompts=material.requests,
             targets=wanted(attack.objective, material.targets),
             config=attack,
-            learn=workshop.learn,
+            place=workshop.place,
             seed=workshop.seed + _OTHER_TARGETS + number,
             vector=start.vector.to_bytes() if attack.adaptive else b"",
             steering=start.spec(start_name) if attack.adaptive else None,

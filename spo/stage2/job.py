@@ -139,7 +139,11 @@ def _coordinator(config: RunConfig, task: Task, pools: Pools, reporter: Reporter
         corpus=open_corpus(config.corpus),
         start=task.start,
         workshop=Workshop(
-            model=pools.model, learn=config.learn, run_dir=config.run_dir, seed=config.seed
+            model=pools.model,
+            place=config.attack_place,
+            run_dir=config.run_dir,
+            seed=config.seed,
+            start=config.learn.start,
         ),
         reporter=reporter,
     )

@@ -70,8 +70,7 @@ def fit(settings: TrainLoopSettings, *, name: str, storage: str) -> SteeringVect
             use_gpu=config.use_gpu,
             label_selector=config.labels or None,
             # It works while the engines wait, so it asks for next to no CPU of its own.
-            resources_per_worker={"CPU": 0.1}
-            | ({"GPU": config.num_gpus} if config.use_gpu else {}),
+            resources_per_worker={"CPU": 0.1} | ({"GPU": config.gpus} if config.gpus else {}),
         ),
         run_config=RunConfig(
             name=name,
@@ -98,7 +97,9 @@ def _worker(train_loop_config: Mapping[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     start = SteeringVector.from_bytes(settings.vector)
     learner = VectorLearner(
-        open_learner_engine(settings.model, settings.revision, settings.config),
+        open_learner_engine(
+            settings.model, settings.revision, settings.config, _own_cards(settings.config)
+        ),
         start,
         steering=settings.steering,
         config=settings.config,
@@ -131,6 +132,15 @@ def _worker(train_loop_config: Mapping[str, Any]) -> None:
         after_step=after_step,
         shard=(rank, world),
     )
+
+
+def _own_cards(config: LearnConfig) -> list[str]:
+    """Several cards by number: Ray Train shows each worker those of its neighbours too."""
+    if config.tensor_parallel_size == 1:
+        return []
+    from ray.train.torch import get_devices
+
+    return [str(device) for device in get_devices()]
 
 
 def _shared(snapshot: Mapping[str, Any] | None, world: int) -> Mapping[str, Any]:

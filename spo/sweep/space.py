@@ -31,6 +31,7 @@ _POOL_KEYS = {
     "learn.workers",
     "learn.use_gpu",
     "learn.num_gpus",
+    "learn.tensor_parallel_size",
     "learn.max_failures",
 }
 _CORNERS = 600

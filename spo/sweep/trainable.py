@@ -145,8 +145,8 @@ def trial_resources(plan: TrialPlan) -> dict[str, float]:
             "1 and run more trials at once (search.concurrent)"
         )
     needs = {"CPU": 0.1}
-    if plan.trains and learn.use_gpu:
-        needs["GPU"] = learn.num_gpus
+    if plan.trains and learn.gpus:
+        needs["GPU"] = learn.gpus
     return needs
 
 

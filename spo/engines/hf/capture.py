@@ -138,18 +138,49 @@ def read_pooled(
 ) -> list[Capture]:
     """Pooled activations of one prepared batch."""
     columns = [pooled_columns(batch, row, request) for row, request in enumerate(requests)]
+    mean, norm = (part.cpu().numpy() for part in pooled(engine, batch, columns, layers))
+    return [
+        Capture(
+            request_id=request.request_id,
+            mean=mean[row].astype(np.float32),
+            norm=norm[row].astype(np.float32),
+            tokens=len(columns[row]),
+        )
+        for row, request in enumerate(requests)
+    ]
+
+
+def pooled(
+    engine: HookedModel,
+    batch: TokenBatch,
+    columns: Sequence[Sequence[int]],
+    layers: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """(rows, layers, hidden) means and (rows, layers) median norms over columns of each row.
+
+    The forward pass ends at the highest layer.
+    """
     counts = [len(where) for where in columns]
-    lengths = torch.tensor(counts, device=engine.device)
-    rows = torch.repeat_interleave(torch.arange(len(requests), device=engine.device), lengths)
-    places = torch.tensor([c for where in columns for c in where], device=engine.device)
+    tokens = [(row, c) for row, where in enumerate(columns) for c in where]
+
+    def table(card: torch.device) -> tuple[Tensor, Tensor]:
+        return torch.tensor(tokens, device=card), torch.tensor(counts, device=card)
+
+    # Before the pass, because it waits for the device; of several cards only the others' are late.
+    tables = {engine.device: table(engine.device)}
     means: dict[int, Tensor] = {}
     norms: dict[int, Tensor] = {}
 
     def read(layer: int) -> Callable[[Tensor, int], None]:
         def at(hidden: Tensor, start: int) -> None:
-            chosen = hidden[rows, places].float()
-            means[layer] = torch.segment_reduce(chosen, "mean", lengths=lengths, axis=0)
-            norms[layer] = _medians(chosen.norm(dim=-1), counts)
+            card = hidden.device  # of several, each holds some of the layers
+            if card not in tables:
+                tables[card] = table(card)
+            where, lengths = tables[card]
+            chosen = hidden[where[:, 0], where[:, 1]].float()
+            mean = torch.segment_reduce(chosen, "mean", lengths=lengths, axis=0)
+            means[layer] = mean.to(engine.device)
+            norms[layer] = _medians(chosen.norm(dim=-1), counts).to(engine.device)
             if layer == max(layers):
                 raise _EarlyExit
 
@@ -158,17 +189,10 @@ def read_pooled(
     hooks = engine.reading({layer: read(layer) for layer in layers})
     with suppress(_EarlyExit), torch.no_grad(), hooks:
         engine.answer_logits(batch)
-    mean = torch.stack([means[layer] for layer in layers], dim=1).cpu().numpy()
-    norm = torch.stack([norms[layer] for layer in layers], dim=1).cpu().numpy()
-    return [
-        Capture(
-            request_id=request.request_id,
-            mean=mean[row].astype(np.float32),
-            norm=norm[row].astype(np.float32),
-            tokens=counts[row],
-        )
-        for row, request in enumerate(requests)
-    ]
+    return (
+        torch.stack([means[layer] for layer in layers], dim=1),
+        torch.stack([norms[layer] for layer in layers], dim=1),
+    )
 
 
 def _medians(values: Tensor, counts: Sequence[int]) -> Tensor:

@@ -53,7 +53,7 @@ class HfEngine:
         model: local folder in hub layout, or hub id.
         revision: hub revision.
         dtype: "float32", "bfloat16" or "float16".
-        device: torch device.
+        device: torch device; several share the decoder blocks, see `spo.engines.hf.spread`.
         batch_size: largest batch of a forward pass.
         compiled_capture: on a GPU, compile the decoder blocks for `capture` (half a minute at the
             first call, 1.25 times as fast afterwards on an H100).
@@ -71,21 +71,25 @@ class HfEngine:
         *,
         revision: str | None = None,
         dtype: str = "float32",
-        device: str = "cpu",
+        device: str | Sequence[str] = "cpu",
         batch_size: int = 32,
         compiled_capture: bool = False,
         compiled_scores: bool = False,
     ) -> None:
         self.prompts = PromptProcessor(model, revision)
         self.model = load_model(
-            model, revision, dtype=dtype, device=device, pictures=self.prompts.multimodal
+            model,
+            revision,
+            dtype=dtype,
+            devices=(device,) if isinstance(device, str) else device,
+            pictures=self.prompts.multimodal,
         )
         # Cut to the answer, the states are strided; torch then copies frozen head weights per row.
         self.model.get_output_embeddings().register_forward_pre_hook(
             lambda _, args: (args[0].contiguous(), *args[1:])
         )
         # With its number: "cuda" means another card in each thread.
-        self.device = next(self.model.parameters()).device
+        self.device = self.model.get_input_embeddings().weight.device
         self.batch_size = batch_size
         self.compiled_capture = compiled_capture
         self.decoder: nn.Module = self.model.get_decoder()
@@ -286,13 +290,14 @@ class HfEngine:
                 key = (start, hidden.shape[1])
                 if key not in cached:
                     cached[key] = batch.coefficients(plan, *key)
+                at = hidden.device  # of several cards, perhaps another than the plan's
                 return steer(
                     plan.operator,
                     hidden,
-                    plan.directions[row],
-                    coefficient=cached[key],
-                    mean_norm=plan.mean_norms[row],
-                    calibration=plan.calibration[row],
+                    plan.directions[row].to(at),
+                    coefficient=cached[key].to(at),
+                    mean_norm=plan.mean_norms[row].to(at),
+                    calibration=plan.calibration[row].to(at),
                     straight_through=plan.straight_through,
                 )
 

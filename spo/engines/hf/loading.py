@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 
-from spo.engines.identity import is_shape
+from spo.engines.hf.spread import spread
+from spo.engines.identity import find_blocks, is_shape
 from spo.errors import EngineError
 
 
-def load_model(model: str, revision: str | None, *, dtype: str, device: str, pictures: bool) -> Any:
+def load_model(
+    model: str, revision: str | None, *, dtype: str, devices: Sequence[str], pictures: bool
+) -> Any:
     """A frozen model in evaluation mode.
 
     Args:
@@ -19,7 +23,7 @@ def load_model(model: str, revision: str | None, *, dtype: str, device: str, pic
             random weights, for timings of its shape.
         revision: hub revision.
         dtype: "float32", "bfloat16" or "float16".
-        device: torch device.
+        devices: torch devices; several share the decoder blocks, see `spo.engines.hf.spread`.
         pictures: whether the model takes pictures.
 
     Raises:
@@ -31,12 +35,17 @@ def load_model(model: str, revision: str | None, *, dtype: str, device: str, pic
     kind = getattr(torch, dtype)
     try:
         if is_shape(model):
-            with torch.device(device):
+            with torch.device(devices[0]):
                 loaded = auto.from_config(
                     transformers.AutoConfig.from_pretrained(model), dtype=kind
                 )
         else:
             loaded = auto.from_pretrained(model, revision=revision, dtype=kind)
-        return loaded.to(device).eval().requires_grad_(False)
+        if len(devices) == 1:
+            loaded = loaded.to(devices[0])
+        else:
+            blocks = find_blocks(loaded.get_decoder(), loaded.config.get_text_config())
+            spread(loaded, list(blocks), devices)
+        return loaded.eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise EngineError(f"cannot load the weights of {model!r}: {error}") from error

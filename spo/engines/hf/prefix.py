@@ -138,6 +138,8 @@ class PrefixRunner:
                 output = self._model.base_model(**self._inputs(batch))
             else:
                 hidden = prefix.output[0] if isinstance(prefix.output, tuple) else prefix.output
+                # The decoder makes its masks beside it; of several cards, on the first.
+                hidden = hidden.to(batch.input_ids.device)
                 with self._skipped(prefix):
                     output = self._decoder(inputs_embeds=hidden, **prefix.inputs)
         if isinstance(batch, PackedBatch):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from spo.engines.vllm.plugin.install import check_entry_point
@@ -14,6 +15,7 @@ from spo.errors import EngineError
 from spo.records import Operator
 
 _GIB = 1 << 30
+_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,11 @@ def engine_arguments(settings: VllmSettings, config: PluginConfig | None) -> dic
         options["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * _GIB)
     if settings.gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = settings.gpu_memory_utilization
-    return {**options, **settings.engine_options}
+    options |= settings.engine_options
+    if options["tensor_parallel_size"] > 1:
+        # Not Ray's executor, which vLLM takes inside a placement group: the cards of this process.
+        options.setdefault("distributed_executor_backend", "mp")
+    return options
 
 
 def start_llm(
@@ -95,14 +101,17 @@ def start_llm(
     """
     if config is not None:
         check_entry_point()
+    options = engine_arguments(settings, config)
+    ranks = options["tensor_parallel_size"]
     inside = settings.in_process
     if inside is None:
-        inside = on_cpu() and settings.tensor_parallel_size == 1
-    options = {"distributed_executor_backend": "uni"} if inside else {}
+        inside = on_cpu() and ranks == 1
+    if inside:
+        options["distributed_executor_backend"] = "uni"
     from vllm import LLM
 
-    with _start_errors(model), _multiprocessing(not inside):
-        return LLM(model, revision=revision, **options, **engine_arguments(settings, config))
+    with _start_errors(model), _environment(inside=inside, ranks=ranks):
+        return LLM(model, revision=revision, **options)
 
 
 def start_async_llm(
@@ -120,7 +129,8 @@ def start_async_llm(
     # With the cache of rendered pictures on, requests must reach the core in the order in which
     # they were rendered (`VllmSession._enter`); tasks of an event loop cannot promise that.
     options = {"mm_processor_cache_gb": 0, **engine_arguments(settings, config)}
-    with _start_errors(model), _multiprocessing(True):
+    ranks = options["tensor_parallel_size"]
+    with _start_errors(model), _environment(inside=False, ranks=ranks):
         arguments = AsyncEngineArgs(model=model, revision=revision, **options)
         return AsyncLLM.from_engine_args(arguments)
 
@@ -146,18 +156,31 @@ def stop_llm(llm: Any) -> None:
 
 
 @contextmanager
-def _multiprocessing(enabled: bool) -> Iterator[None]:
-    """vLLM reads from the environment whether its core gets a process of its own."""
-    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
-    before = os.environ.get(name)
-    os.environ[name] = "1" if enabled else "0"
+def _environment(*, inside: bool, ranks: int) -> Iterator[None]:
+    """What vLLM and the processes that it starts read from the environment.
+
+    Args:
+        inside: its core works in this process.
+        ranks: processes that hold a part of the model.
+    """
+    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if inside else "1"}
+    if on_cpu() and ranks > _memory_nodes() and _BINDING not in os.environ:
+        wanted[_BINDING] = "nobind"
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _memory_nodes() -> int:
+    """NUMA nodes of this machine; vLLM binds each rank to one of its own, or refuses to start."""
+    return max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))))
 
 
 def on_cpu() -> bool:

@@ -102,7 +102,7 @@ def test_the_matrix_asks_every_attack_on_requests(tmp_path: Path) -> None:
     inputs = EvaluationInputs(sets=(plain,), checks={}, picture_size=64)
     workshop = Workshop(
         model=ResolvedModel(path="unused", revision=None),
-        learn=LearnConfig(),
+        place=LearnConfig(),
         run_dir=tmp_path,
         seed=0,
     )

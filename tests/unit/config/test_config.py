@@ -217,7 +217,8 @@ def test_a_later_key_that_is_not_set_leaves_digests_as_they_were() -> None:
     plain, named = RunConfig(), load_config(None, ["extract.calibration=benign.jsonl"])
     before = plain.model_dump(mode="json", include={"extract"})
     assert before["extract"].pop("calibration") is None
-    del before["extract"]["labels"]  # where a process runs changes no result
+    for place in ("labels", "tensor_parallel_size"):  # where a process runs changes no result
+        del before["extract"][place]
     text = json.dumps([before, ""], sort_keys=True)
     assert plain.digest_of("extract") == hashlib.sha256(text.encode()).hexdigest()[:16]
     assert plain.digest_of("extract") != named.digest_of("extract")

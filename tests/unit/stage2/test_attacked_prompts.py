@@ -43,7 +43,7 @@ def job(folder: Path, *, vector: bytes, targets: tuple[str, ...] = ("bad",)) -> 
         prompts=PROMPTS,
         targets=targets,
         config=PgdConfig(adaptive=True),
-        learn=LearnConfig(),
+        place=LearnConfig(),
         seed=0,
         vector=vector,
         steering=artifact().spec("stage1"),
@@ -76,7 +76,7 @@ def in_the_loop(config: RunConfig) -> list[Prompt]:
         config.data,
         corpus=open_corpus(config.corpus),
         start=artifact(),
-        workshop=Workshop(model=MODEL, learn=config.learn, run_dir=config.run_dir, seed=0),
+        workshop=Workshop(model=MODEL, place=config.learn, run_dir=config.run_dir, seed=0),
         reporter=Silent(),
     )
 
@@ -148,7 +148,7 @@ def test_pictures_that_end_early_have_one_mean_curve(tmp_path: Path) -> None:
         prompts=PROMPTS[:4],
         config=config,
         steering=None,
-        learn=LearnConfig(dtype="float32"),
+        place=LearnConfig(dtype="float32"),
         name=config.name,
     )
     curve = attack_picture(asked)
