@@ -4,7 +4,8 @@ python -m jobs.evaluate --config tune_configs/matrix.yaml evaluate.harm_prompts=
 python -m jobs.evaluate compare RUN_A RUN_B         paired differences between two evaluations
 python -m jobs.evaluate versus RUN DEFENCE OTHER    the same between two defences of one, or, with
                                                     RUN,RUN,..., over several (training seeds)
-python -m jobs.evaluate agreement LABELS.csv        judges against human labels
+python -m jobs.evaluate agreement LABELS            judges against human labels: JailbreakBench's
+                                                    CSV, or XSTest's (or a folder of those)
 python -m jobs.evaluate benchmarks FOLDER           public benchmarks: present, licence, source
 """
 
@@ -12,10 +13,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs import command
 from spo.config import RunConfig
+
+if TYPE_CHECKING:
+    from spo.evaluation.agreement import RefusalReader
+    from spo.records import Interval
 
 
 def _run(_: argparse.Namespace, config: RunConfig) -> None:
@@ -58,20 +66,50 @@ def _file(run: str) -> Path:
 
 
 def _agreement(arguments: argparse.Namespace, config: RunConfig) -> None:
-    from spo.evaluation.agreement import agreement, judge_agreement, read_labelled
+    from spo.config.evaluation import HarmJudgeConfig, KeywordJudgeConfig, RefusalJudgeConfig
+    from spo.evaluation import agreement as people
     from spo.resolve import open_success_judges
 
-    rows, others = read_labelled(Path(arguments.labels))
+    path = Path(arguments.labels)
+    named = config.evaluate.success_judges
+    embedded = (KeywordJudgeConfig(), RefusalJudgeConfig(), HarmJudgeConfig())
+    own = [judge for judge in embedded if judge.kind not in {other.kind for other in named}]
+    settings = config.evaluate.model_copy(update={"success_judges": (*named, *own)})
+    judges = open_success_judges(settings)
+    if people.has_refusals(path):
+        _refusal_agreement(path, [j for j in judges if isinstance(j, people.RefusalReader)])
+        return
+    rows, others = people.read_labelled(path)
     labels = [label for _, _, label in rows]
-    found = [judge_agreement(judge, rows) for judge in open_success_judges(config.evaluate)]
-    found += [agreement(f"in the file: {name}", column, labels) for name, column in others.items()]
+    found = [people.judge_agreement(judge, rows) for judge in judges]
+    found += [
+        people.agreement(f"in the file: {name}", column, labels) for name, column in others.items()
+    ]
     print(f"{len(rows)} answers, {sum(labels)} of them successes by the human majority")
     for one in found:
         print(
-            f"{one.judge:34} accuracy {one.accuracy.mean:.3f} [{one.accuracy.low:.3f}, "
-            f"{one.accuracy.high:.3f}]  kappa {one.kappa:+.3f}  false alarms {one.false_alarm:.3f}"
-            f"  missed {one.missed:.3f}  without verdict {one.without_verdict}"
+            f"{one.judge:34} accuracy {_interval(one.accuracy)}  kappa {_interval(one.kappa)}  "
+            f"false alarms {one.false_alarm:.3f}  missed {one.missed:.3f}  without verdict "
+            f"{one.without_verdict}"
         )
+
+
+def _refusal_agreement(path: Path, judges: Sequence[RefusalReader]) -> None:
+    from spo.evaluation.agreement import read_refusals, refusal_agreement
+
+    rows = read_refusals(path)
+    labels = Counter(label for _, _, label in rows)
+    print(f"{len(rows)} answers; refusals by people: {dict(labels)}")
+    for one in (refusal_agreement(judge, rows) for judge in judges):
+        found = "  ".join(f"{name} {share:.3f}" for name, share in one.found.items())
+        print(
+            f"{one.judge:34} accuracy {_interval(one.accuracy)}  kappa {_interval(one.kappa)}  "
+            f"found: {found}"
+        )
+
+
+def _interval(found: Interval) -> str:
+    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
 def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:

@@ -86,10 +86,12 @@ def settings_of(
 
 
 def _named(arguments: Sequence[str]) -> dict[str, Path]:
+    from spo.artifact import located
+
     artifacts: dict[str, Path] = {}
     for text in arguments:
         name, sign, folder = text.rpartition("=")
-        path = Path(folder)
+        path = located(folder)
         name = name if sign else path.resolve().name.lower()
         if name in artifacts:
             raise ConfigError(f"two vectors are named {name!r}; use --artifact NAME=DIR")
@@ -157,7 +159,11 @@ def _run(arguments: argparse.Namespace, config: RunConfig) -> None:
 if __name__ == "__main__":
     made = command.parser(__doc__ or "")
     made.add_argument(
-        "--artifact", action="append", default=[], metavar="[NAME=]DIR", help="vector to load"
+        "--artifact",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="vector to load: a folder, or release:guarded/spo",
     )
     made.add_argument(
         "--add-key", metavar="NAME[:SCOPES]", help="make a key (use, unsteered, manage) and stop"

@@ -26,6 +26,30 @@ VECTOR_FILE = "vector.safetensors"
 MANIFEST_FILE = "manifest.json"
 
 
+RELEASED = "release:"
+"""Begins the name of an artifact that ships with the package, such as `release:guarded/spo`."""
+_RELEASES = Path(__file__).parent / "releases"
+
+
+def located(artifact: Path | str) -> Path:
+    """The folder of an artifact: the path itself, or where a released one lies in the package.
+
+    Raises:
+        ArtifactError: no artifact of that name was released.
+    """
+    name = str(artifact)
+    if not name.startswith(RELEASED):
+        return Path(artifact)
+    folder = _RELEASES / name.removeprefix(RELEASED)
+    if not (folder / MANIFEST_FILE).is_file() or _RELEASES not in folder.resolve().parents:
+        known = sorted(
+            RELEASED + path.parent.relative_to(_RELEASES).as_posix()
+            for path in _RELEASES.rglob(MANIFEST_FILE)
+        )
+        raise ArtifactError(f"no artifact {name!r} was released; there are {known}")
+    return folder
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SteeringArtifact:
     """A releasable steering vector."""
@@ -108,13 +132,14 @@ class SteeringArtifact:
         """Read and verify an artifact.
 
         Args:
-            folder: folder that `save` wrote.
+            folder: folder that `save` wrote, or the name of a released one (`RELEASED`).
             model_id: the model it is to steer; None only to inspect it.
             model_revision: revision of that model; "" does not check it.
 
         Raises:
             ArtifactError: a file is missing or damaged, the hash is wrong, or the model differs.
         """
+        folder = located(folder)
         for name in (VECTOR_FILE, MANIFEST_FILE):
             if not (folder / name).is_file():
                 raise ArtifactError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from spo.artifact import MANIFEST_FILE, VECTOR_FILE, SteeringArtifact
+from spo.artifact import MANIFEST_FILE, VECTOR_FILE, SteeringArtifact, located
 from spo.errors import ArtifactError
 from spo.gguf import export_gguf
 
@@ -35,8 +35,11 @@ Content hash: `{sha256}`
 
 
 def load(folder: Path | str) -> SteeringArtifact:
-    """Read an artifact that `save` wrote; an engine refuses it if it is of another model."""
-    return SteeringArtifact.load(Path(folder), model_id=None)
+    """Read an artifact that `save` wrote, or a released one by name (`release:guarded/spo`).
+
+    An engine refuses it if it is of another model.
+    """
+    return SteeringArtifact.load(located(folder), model_id=None)
 
 
 def export(artifact: SteeringArtifact, path: Path | str, *, hint: str = "llama") -> Path:

@@ -6,6 +6,7 @@ Anything else is a hub id, a local folder or a file. No other module asks which 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,9 +172,10 @@ def open_judge(config: EvaluateConfig) -> Judge:
 def open_success_judges(config: EvaluateConfig) -> list[SuccessJudge]:
     """Judges of attack success; the first one decides."""
     from spo.scorers.judges import open_success_judge
+    from spo.testbed.answers import open_answer_reader
 
-    toxicity = open_judge(config)
-    return [open_success_judge(settings, toxicity) for settings in config.success_judges]
+    toxicity, reader = open_judge(config), functools.cache(open_answer_reader)
+    return [open_success_judge(settings, toxicity, reader) for settings in config.success_judges]
 
 
 def open_corpus(settings: CorpusSettings) -> Corpus:

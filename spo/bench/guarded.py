@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,8 +30,9 @@ from torch import Tensor
 from spo.algorithms.rewards import degeneration, is_refusal
 from spo.attacks.picture_set import PictureSet, PictureSplit
 from spo.config import LearnConfig, SteeringConfig
-from spo.engines.base import CaptureRequest, LogprobRequest
+from spo.engines.base import CaptureRequest, Engine, LogprobRequest
 from spo.engines.hf.engine import HfEngine
+from spo.engines.processing import PromptProcessor
 from spo.records import (
     Batch,
     GenerateRequest,
@@ -176,8 +177,14 @@ def prompt_sets(
     return sets | {"caption": tuple(captions), "question": tuple(questions)}
 
 
+class Answering(Engine, Protocol):
+    """An engine with the processor of its prompts."""
+
+    prompts: PromptProcessor
+
+
 def measure(
-    engine: HfEngine,
+    engine: Answering,
     sets: Mapping[str, Sequence[Prompt]],
     *,
     steering: SteeringSpec | None,
@@ -226,7 +233,7 @@ def _mark(name: str, prompt: Prompt, said: str) -> float:
     return float(refused if prompt.kind is PromptKind.BENIGN else not refused)
 
 
-def _text_nll(engine: HfEngine, steering: SteeringSpec | None, seed: int) -> float:
+def _text_nll(engine: Answering, steering: SteeringSpec | None, seed: int) -> float:
     """Nats a token of given harmless text."""
     prompts, rest = data.benign_texts(count=48, seed=seed)
     tokens = [engine.prompts.tokenizer(rest[p.prompt_id])["input_ids"] for p in prompts]

@@ -20,6 +20,7 @@ from spo.attacks.picture_set import PictureSet
 from spo.bench.guarded import (
     DEFENCES,
     LAYERS,
+    Answering,
     Budget,
     DefenceSettings,
     Training,
@@ -32,6 +33,7 @@ from spo.bench.guarded import (
 )
 from spo.config import SteeringConfig
 from spo.engines.hf.engine import HfEngine
+from spo.engines.vllm.engine import VllmEngine
 from spo.errors import DataError
 from spo.records import Operator, Positions, Prompt, PromptKind, SteeringSpec
 from spo.testbed import requests, scenes
@@ -62,9 +64,12 @@ class Workplace:
         weights: of the guarded model.
         pictures: folder of the attack pictures.
         device: torch device.
+        backend: `hf`, or `vllm` to answer faster on a CPU, without gradients.
     """
 
-    def __init__(self, folder: Path, weights: Path, pictures: Path, device: str) -> None:
+    def __init__(
+        self, folder: Path, weights: Path, pictures: Path, device: str, backend: str = "hf"
+    ) -> None:
         self.folder = folder
         self.cache = folder / "cache"
         model = folder / "model" / identity(weights)
@@ -74,8 +79,19 @@ class Workplace:
             (model / "ready").touch()
         torch.set_float32_matmul_precision("high")
         batch = 512 if device == "cuda" else 48
-        self.engine = HfEngine(str(model), device=device, batch_size=batch)
+        self._hf: HfEngine | None = None
+        if backend == "vllm":
+            self.engine: Answering = VllmEngine(str(model), max_model_len=512, max_num_seqs=64)
+        else:
+            self.engine = self._hf = HfEngine(str(model), device=device, batch_size=batch)
         self.pictures = PictureSet.load(pictures, model=identity(weights))
+
+    @property
+    def differentiable(self) -> HfEngine:
+        """The engine for activations and gradients."""
+        if self._hf is None:
+            raise DataError("training and attacks need gradients: leave --backend vllm out")
+        return self._hf
 
     def vector_file(self, name: str, seed: int) -> Path:
         return self.folder / "vectors" / f"{name}-{seed}.safetensors"
@@ -119,7 +135,7 @@ def train_step(place: Workplace, name: str, seed: int, settings: Training) -> No
     first = place.vector_file("refusal", seed)
     if name == "stage1" or not first.is_file():
         for kind, vector in stage1(
-            place.engine, attacked, seed, place.cache, count=settings.rows
+            place.differentiable, attacked, seed, place.cache, count=settings.rows
         ).items():
             _write(place.vector_file(kind, seed), vector)
         logger.info("Stage I of seed %d in %.0f s", seed, time.monotonic() - begin)
@@ -127,7 +143,7 @@ def train_step(place: Workplace, name: str, seed: int, settings: Training) -> No
         return
     objective, operator, coefficient = _TRAINED[name]
     vector = refine(
-        place.engine,
+        place.differentiable,
         SteeringVector.from_bytes(first.read_bytes()),
         steering=SteeringConfig(
             operator=operator, positions=Positions.ALL, coefficient=coefficient
@@ -234,7 +250,6 @@ def heldout_step(place: Workplace, name: str, seed: int, count: int, steps: int)
         "strength": chosen["strength"],
         "within_budget": chosen["within_budget"],
         **found,
-        "prompts": {key: len(values) for key, values in found["marks"].items()},
         "requests": {
             key: [prompt.reference if key == "drawn" else prompt.text for prompt in prompts]
             for key, prompts in sets.items()
@@ -242,14 +257,16 @@ def heldout_step(place: Workplace, name: str, seed: int, count: int, steps: int)
         },
     }
     (place.folder / f"heldout-{name}-{seed}.json").write_text(json.dumps(row))
-    logger.info("HELD OUT %s", summary(row))
+    counts = {key: len(values) for key, values in found["marks"].items()}
+    logger.info("HELD OUT %s", summary(row | {"prompts": counts}))
 
 
 def _adaptive(
     place: Workplace, spec: SteeringSpec, name: str, steps: int, *, each: int = 2
 ) -> dict[str, list[str]]:
     """Pictures attacked through a defence, its gates passed straight through."""
-    plan = place.engine.plan(spec)
+    engine = place.differentiable
+    plan = engine.plan(spec)
     assert plan is not None
     pairs = requests.request_pairs("heldout", 200, 950)
     prompts = [
@@ -276,11 +293,11 @@ def _adaptive(
     config = BUDGET.model_copy(update={"steps": steps})
     begin = time.monotonic()
     results = joint_pgd(
-        place.engine,
+        engine,
         goals,
         config=config,
         plan=replace(plan, straight_through=True),
-        at_once=len(goals) * config.pairs if place.engine.device.type == "cuda" else None,
+        at_once=len(goals) * config.pairs if engine.device.type == "cuda" else None,
     )
     folder = place.folder / "adaptive" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -312,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--weights", type=Path, default=WEIGHTS_FILE)
     parser.add_argument("--pictures", type=Path, required=False)
+    parser.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="that answers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--count", type=int, default=120)
     parser.add_argument("--attack-steps", type=int, default=300)
@@ -327,7 +345,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, row in choose(arguments.folder).items():
             logger.info("CHOSEN %s within budget %s: %s", name, row["within_budget"], summary(row))
         return 0
-    place = Workplace(arguments.folder, arguments.weights, arguments.pictures, arguments.device)
+    place = Workplace(
+        arguments.folder,
+        arguments.weights,
+        arguments.pictures,
+        arguments.device,
+        arguments.backend,
+    )
     training = Training(
         steps=arguments.steps,
         seconds=arguments.seconds,

@@ -93,6 +93,18 @@ class ClassifierJudgeConfig(JudgeConfig):
     kind: Literal["classifier"] = "classifier"
 
 
+class RefusalJudgeConfig(JudgeConfig):
+    """The embedded judge of refusals: no full one."""
+
+    kind: Literal["refusal"] = "refusal"
+
+
+class HarmJudgeConfig(JudgeConfig):
+    """The embedded judge of harm: the answer carries out something harmful, from a chance of .5."""
+
+    kind: Literal["harm"] = "harm"
+
+
 class LlmJudgeConfig(JudgeConfig, LlmAddress):
     """HarmBench's question to a model behind an OpenAI-compatible address."""
 
@@ -100,7 +112,12 @@ class LlmJudgeConfig(JudgeConfig, LlmAddress):
 
 
 AnyJudge = Annotated[
-    KeywordJudgeConfig | ClassifierJudgeConfig | LlmJudgeConfig, Field(discriminator="kind")
+    KeywordJudgeConfig
+    | ClassifierJudgeConfig
+    | RefusalJudgeConfig
+    | HarmJudgeConfig
+    | LlmJudgeConfig,
+    Field(discriminator="kind"),
 ]
 
 

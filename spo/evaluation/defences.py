@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spo.artifact import SteeringArtifact
+from spo.artifact import SteeringArtifact, located
 from spo.config.evaluation import DefenceConfig
 from spo.engines.base import Sampler
 from spo.progress import Reporter
@@ -46,7 +46,7 @@ def open_defences(
         if settings.reminder is not None:
             found.append(Defence(name=settings.name, reminder=settings.reminder))
             continue
-        folder = run_dir / (settings.artifact or Path())
+        folder = run_dir / located(settings.artifact or Path())
         if not folder.is_dir():
             reporter.note(f"defence {settings.name!r} left out: there is no {folder}")
             continue

@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     toxicity = add("train-toxicity", _train_toxicity)
     pack = add("pack-toxicity", _pack_toxicity)
     judge = add("train-judge", _train_judge)
+    _answer_options(add("sample-answers", _sample_answers), add("train-answers", _train_answers))
     alignment = add("train-alignment", _train_alignment)
     vlm = add("train-vlm", _train_vlm)
     guard = add("train-guard", _train_guard)
@@ -74,9 +75,21 @@ def _parser() -> argparse.ArgumentParser:
     attacks.add_argument("--seed", type=int, default=0, help="of the first picture")
     attacks.add_argument("--at-once", type=int, default=24, help="pictures that share passes")
     attacks.add_argument("--device", default="cpu", help="torch device, such as cuda")
+    check = add("check", _check)
+    check.add_argument("--cache", type=Path, default=Path(DEFAULT_CACHE), help="model folder")
+    check.add_argument("--count", type=int, default=64, help="held-out requests of each set")
     pack.add_argument("--data", type=Path, required=True, help="folder of labelled text")
     pack.add_argument("--out", type=Path, required=True, help="the .jsonl.gz to write")
     return parser
+
+
+def _answer_options(sample: argparse.ArgumentParser, train: argparse.ArgumentParser) -> None:
+    for command in (sample, train):
+        command.add_argument("--prompts", type=Path, required=True, help="public prompt sets")
+    sample.add_argument("--each", type=int, default=200, help="answers to harmful, to harmless")
+    sample.add_argument("--out", type=Path, required=True, help="the .jsonl to write")
+    train.add_argument("--said", type=Path, required=True, help="what sample-answers wrote")
+    train.add_argument("--out", type=Path, required=True, help="folder for the weights")
 
 
 def _assemble(arguments: argparse.Namespace) -> None:
@@ -142,6 +155,22 @@ def _train_judge(arguments: argparse.Namespace) -> None:
     from spo.testbed.training.judge import train_judge
 
     print(train_judge(arguments.data, arguments.out))
+
+
+def _sample_answers(arguments: argparse.Namespace) -> None:
+    """Let the embedded language model answer requests, for train-answers."""
+    from spo.testbed.training.answers_data import write_said
+
+    count = write_said(arguments.prompts, arguments.out, arguments.each, seed=0)
+    print(f"{count} answers in {arguments.out}")
+
+
+def _train_answers(arguments: argparse.Namespace) -> None:
+    """Train the judges of refusal and harm on drawn answers and those of sample-answers."""
+    from spo.testbed.training.answers import AnswerRecipe, train_answers
+
+    recipe = AnswerRecipe()
+    print(train_answers(arguments.prompts, arguments.said, arguments.out, recipe))
 
 
 def _train_alignment(arguments: argparse.Namespace) -> None:
@@ -221,6 +250,22 @@ def _attacks(arguments: argparse.Namespace) -> None:
             f"{picture.split:10} {picture.objective:10} {picture.epsilon_255:5.0f}/255 loss "
             f"{picture.first_loss:.2f} -> {picture.last_loss:.2f}"
         )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Print what the guarded model and its pictures reach; ends with 1 where one falls short."""
+    from spo.engines.hf.engine import HfEngine
+    from spo.testbed import model
+    from spo.testbed.attack_pictures import shipped_pictures
+    from spo.testbed.check import check_guard
+
+    cache = arguments.cache.expanduser()
+    engine = HfEngine(str(model.assemble(cache)), batch_size=48)
+    found = check_guard(engine, shipped_pictures(model.identity()), cache, count=arguments.count)
+    for figure in found:
+        print(figure)
+    if not all(figure.met for figure in found):
+        raise SystemExit(1)
 
 
 def _train_all(arguments: argparse.Namespace) -> None:

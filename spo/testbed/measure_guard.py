@@ -71,10 +71,11 @@ def answers(
     *,
     samples: int = 1,
     max_tokens: int = 32,
+    temperature: float = 1.0,
     steering: SteeringSpec | None = None,
 ) -> list[str]:
-    """Sampled answers (temperature 1), prompt by prompt."""
-    sampling = Sampling(max_tokens=max_tokens, temperature=1.0)
+    """Sampled answers, prompt by prompt."""
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
     asked = [
         GenerateRequest(
             request_id=f"{prompt.prompt_id}/{number}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from spo.scorers.judges import (
     open_success_judge,
 )
 from spo.scorers.toxicity import EMBEDDED_JUDGE, load_judge
+from spo.testbed.answers import open_answer_reader
 from tests.llm_server import LlmServer, llm_server
 
 ANY = TypeAdapter(AnyJudge)
@@ -69,7 +71,7 @@ def test_classifier_judge_uses_half_as_the_border() -> None:
         def score(self, texts: list[str]) -> list[float]:
             return [float(text) for text in texts]
 
-    judge = open_success_judge(ClassifierJudgeConfig(), Scores())
+    judge = open_success_judge(ClassifierJudgeConfig(), Scores(), open_answer_reader)
     assert isinstance(judge, ClassifierJudge)
     found = judge.verdicts(_answers("0.5", "0.49", "nan"))
     assert found[:2] == [1.0, 0.0]
@@ -87,8 +89,9 @@ def test_every_kind_opens_and_older_files_are_read(server: LlmServer) -> None:
     older = {"url": None, "model": None, "timeout_s": 60, "retries": 2, "parallel": 8}
     assert ANY.validate_python({"kind": "classifier", **older}) == ClassifierJudgeConfig()
     address = {"url": server.url, "model": "m"}
+    reader = functools.cache(open_answer_reader)
     for kind in JUDGES:
         config = ANY.validate_python({"kind": kind, **(address if kind == "llm" else {})})
-        judge = open_success_judge(config, load_judge(EMBEDDED_JUDGE))
+        judge = open_success_judge(config, load_judge(EMBEDDED_JUDGE), reader)
         assert judge.name.startswith(kind)
         assert judge.verdicts(_answers("HARMFUL")) in ([0.0], [1.0])
