@@ -1,6 +1,7 @@
 """`cluster/local.py` with a token, and what users do on it: submit, stop, resume, doctor, mistakes.
 
-One cluster for all tests of this file; jobs go through the `ray job` command line as in the README.
+One cluster for all tests of this file; jobs go through the `ray job` command line as in
+cluster/README.md.
 """
 
 from __future__ import annotations
