@@ -318,3 +318,16 @@ def test_several_pictures_are_of_one_attack_for_all_prompts() -> None:
     for wrong in ({"kind": "template"}, {"target": "prompt"}):
         with pytest.raises(pydantic.ValidationError, match="'pictures' goes with"):
             pydantic.TypeAdapter(AnyAttack).validate_python({"pictures": 2, **wrong})
+
+
+def test_later_keys_of_an_attack_count_only_when_they_are_set() -> None:
+    attack = {"kind": "pgd", "epsilon_255": 16, "adaptive": True}
+
+    def digest(**more: object) -> str:
+        made = RunConfig.model_validate({"data": {"attacks": [attack | more]}})
+        return made.digest_of("data")
+
+    assert digest() == "dd673da6a43c414e"  # as commit f55f1cd, which had none of them, computed it
+    assert digest(objective="toxic", flat_steps=0) == digest()
+    assert digest(objective="compliance") != digest()
+    assert digest(pairs_per_step=8) != digest()
