@@ -52,7 +52,10 @@ def relative(path: Path) -> str:
 def code_in(path: Path) -> list[str]:
     """What stands between backticks, outside of blocks."""
     prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
-    return re.findall(r"`([^`\n]+)`", prose)
+    paragraphs = re.split(r"\n\s*\n", prose)
+    return [
+        " ".join(code.split()) for text in paragraphs for code in re.findall(r"`([^`]+)`", text)
+    ]
 
 
 def commands_in(path: Path) -> list[list[str]]:
