@@ -37,6 +37,7 @@ from spo.engines.vllm.engine import VllmEngine
 from spo.errors import DataError
 from spo.records import Operator, Positions, Prompt, PromptKind, SteeringSpec
 from spo.testbed import requests, scenes
+from spo.testbed.attack_pictures import FOLDER
 from spo.testbed.model import WEIGHTS_FILE, identity, write_folder
 from spo.testbed.smollm import language_model_file
 from spo.vector import SteeringVector
@@ -330,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--defences", nargs="*", default=[])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--weights", type=Path, default=WEIGHTS_FILE)
-    parser.add_argument("--pictures", type=Path, required=False)
+    parser.add_argument("--pictures", type=Path, default=FOLDER, help="the package's by default")
     parser.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="that answers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--count", type=int, default=120)
@@ -362,6 +363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows=arguments.rows,
         requests=arguments.requests,
     )
+    if not arguments.defences:
+        raise DataError(f"give --defences: some of {[*DEFENCES, 'stage1']}")
     for name in arguments.defences:
         for seed in arguments.seeds:
             if arguments.step == "train":

@@ -59,10 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--workers", type=int, default=2, help="processes that draw scenes")
         command.add_argument("--seconds", type=float, default=150.0, help="time of the optimiser")
     _guard_options(guard)
-    _attack_options(add("attacks", _attacks))
-    check = add("check", _check)
-    check.add_argument("--cache", type=Path, default=Path(DEFAULT_CACHE), help="model folder")
-    check.add_argument("--count", type=int, default=64, help="held-out requests of each set")
+    _attack_options(add("attacks", _attacks), add("check", _check))
     pack.add_argument("--data", type=Path, required=True, help="folder of labelled text")
     pack.add_argument("--out", type=Path, required=True, help="the .jsonl.gz to write")
     return parser
@@ -78,7 +75,7 @@ def _guard_options(guard: argparse.ArgumentParser) -> None:
     guard.add_argument("--workers", type=int, default=12, help="processes that draw samples")
 
 
-def _attack_options(attacks: argparse.ArgumentParser) -> None:
+def _attack_options(attacks: argparse.ArgumentParser, check: argparse.ArgumentParser) -> None:
     attacks.add_argument("--out", type=Path, required=True, help="folder of the picture set")
     attacks.add_argument("--weights", type=Path, help="attack these weights, not the package's")
     attacks.add_argument("--per-split", type=int, default=8, help="pictures of each kind and split")
@@ -88,6 +85,8 @@ def _attack_options(attacks: argparse.ArgumentParser) -> None:
     attacks.add_argument("--seed", type=int, default=0, help="of the first picture")
     attacks.add_argument("--at-once", type=int, default=24, help="pictures that share passes")
     attacks.add_argument("--device", default="cpu", help="torch device, such as cuda")
+    check.add_argument("--cache", type=Path, default=Path(DEFAULT_CACHE), help="model folder")
+    check.add_argument("--count", type=int, default=64, help="held-out requests of each set")
 
 
 def _answer_options(sample: argparse.ArgumentParser, train: argparse.ArgumentParser) -> None:
@@ -276,14 +275,13 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _train_all(arguments: argparse.Namespace) -> None:
-    """Train all embedded models, one after the other."""
+    """Train the embedded models one after the other; the judges of answers apart."""
     _train_toxicity(arguments)
     _train_judge(arguments)
     _train_alignment(arguments)
     _train_vlm(arguments)
-    _train_guard(
-        argparse.Namespace(**{**vars(arguments), "start": arguments.out / "vlm.safetensors"})
-    )
+    guard = ["train-guard", "--out", str(arguments.out)]
+    _train_guard(_parser().parse_args([*guard, "--start", str(arguments.out / "vlm.safetensors")]))
 
 
 def _flat(figures: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -74,7 +74,7 @@ def assemble(cache_dir: Path, progress: bool = True) -> Path:
     """
     gguf = language_model_file()
     digest = inputs_digest(gguf, WEIGHTS_FILE)
-    folder = Path(cache_dir) / identity()
+    folder = Path(cache_dir) / identity(WEIGHTS_FILE)
     if _is_complete(folder, digest):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,7 @@ def test_an_untrained_adapter_keeps_the_text_and_a_picture_moves_it(language, to
         "The river runs to the sea.",
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo",
     ]
-    corpus = Corpus(texts, [False, True], ([], []), tokenizer, torch.device("cpu"))
+    corpus = Corpus(texts, [False, True], ([], [], []), tokenizer, torch.device("cpu"))
     student = VisionLanguageModel(copy.deepcopy(teacher))
     rng = np.random.default_rng(0)
     images = torch.zeros(8, 3, 112, 112, dtype=torch.uint8)
