@@ -130,11 +130,16 @@ def _wishes(
                 prompts=prompts,
                 targets=targets[objective],
                 epsilon_255=radius,
-                step_size_255=min(radius / 8, _WIDEST_STEP),
+                step_size_255=step_size(radius),
                 seed=recipe.seed + len(wishes),
             )
             wishes.append(_Wish(split=split, objective=objective, goal=goal))
     return wishes
+
+
+def step_size(radius: float) -> float:
+    """First step of a picture of this radius, both in units of 1/255."""
+    return min(radius / 8, _WIDEST_STEP)
 
 
 def _made(wish: _Wish, result: PgdResult) -> MadePicture:

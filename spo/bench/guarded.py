@@ -9,8 +9,8 @@ Four steps that a folder connects, each a process of its own, so that several sh
 4. `heldout`: each defence once, at that strength, on held-out prompts and pictures, and on pictures
    attacked *through* it.
 
-`table` joins them. No Ray: the Transformers engine answers and learns in one process. The same
-parts under Ray are what `jobs.train` and `jobs.evaluate` run.
+`spo.bench.guarded_table` joins them. No Ray: the Transformers engine answers and learns in one
+process. The same parts under Ray are what `jobs.train` and `jobs.evaluate` run.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 from spo.algorithms.rewards import degeneration, is_refusal
 from spo.attacks.picture_set import PictureSet, PictureSplit
 from spo.config import LearnConfig, SteeringConfig
+from spo.config.attacks import radius_name
 from spo.engines.base import CaptureRequest, Engine, LogprobRequest
 from spo.engines.hf.engine import HfEngine
 from spo.engines.processing import PromptProcessor
@@ -147,8 +148,8 @@ def seen_pictures(pictures: PictureSet, split: PictureSplit) -> dict[str, list[s
     """Paths of a split's pictures by attack, such as `pgd-compliance-16`."""
     found: dict[str, list[str]] = defaultdict(list)
     for picture in pictures.select(split):
-        radius = "unbounded" if picture.epsilon_255 >= 255 else f"{picture.epsilon_255:g}"
-        found[f"pgd-{picture.objective}-{radius}"].append(str(pictures.path(picture)))
+        name = f"pgd-{picture.objective}-{radius_name(picture.epsilon_255)}"
+        found[name].append(str(pictures.path(picture)))
     return dict(found)
 
 
@@ -322,7 +323,7 @@ def training_prompts(
 
     twins = [*sets["twin"], *sets["hard_twin"] * 3]
     captions = [
-        data._caption_prompt(f"train-caption-{i:05d}", scene, path, sets["harm"][0].split)
+        data.caption_prompt(f"train-caption-{i:05d}", scene, path, sets["harm"][0].split)
         for i, (scene, path) in enumerate(data.draw_scenes(cache, "train", 128, seed + 6))
     ]
     return {

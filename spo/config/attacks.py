@@ -15,6 +15,11 @@ from spo import plugins
 from spo.config.base import Positive, Slice
 
 
+def radius_name(epsilon_255: float) -> str:
+    """An L-infinity radius, in units of 1/255, as names of conditions have it."""
+    return "unbounded" if epsilon_255 >= 255 else f"{epsilon_255:g}"
+
+
 class AttackConfig(Slice):
     """What every attack has."""
 
@@ -82,7 +87,7 @@ class PgdConfig(AttackConfig):
     @property
     def name(self) -> str:
         """Such as "pgd-16" or "adaptive-pgd-unbounded"."""
-        size = "unbounded" if self.epsilon_255 >= 255 else f"{self.epsilon_255:g}"
+        size = radius_name(self.epsilon_255)
         parts = ["adaptive"] if self.adaptive else ["transfer"] if self.made_on else []
         each = ["each"] if self.target == "prompt" else []
         goal = [self.objective] if self.objective != "toxic" else []

@@ -226,7 +226,6 @@ def _attacks(arguments: argparse.Namespace) -> None:
     from spo.engines.hf.engine import HfEngine
     from spo.testbed import model
     from spo.testbed.attack_pictures import make_attack_pictures
-    from spo.testbed.smollm import language_model_file
 
     weights = arguments.weights or model.WEIGHTS_FILE
     recipe = PictureRecipe(
@@ -238,8 +237,8 @@ def _attacks(arguments: argparse.Namespace) -> None:
         pictures_at_once=arguments.at_once,
     )
     with tempfile.TemporaryDirectory() as folder, Progress() as bar:
-        model.write_folder(Path(folder), language_model_file(), weights)
-        engine = HfEngine(folder, device=arguments.device, batch_size=64)
+        assembled = model.assemble(Path(folder), progress=False, weights=weights)
+        engine = HfEngine(str(assembled), device=arguments.device, batch_size=64)
         task = bar.add_task("attack pictures", total=None)
         found = make_attack_pictures(
             engine,

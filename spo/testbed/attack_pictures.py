@@ -37,6 +37,28 @@ def shipped_pictures(model: str, *, transfer: bool = False) -> PictureSet:
     return PictureSet.load(FOLDER, model=model, transfer=transfer)
 
 
+def attacked_requests(split: PictureSplit, count: int, *, seed: int) -> list[Prompt]:
+    """Harmful requests that pictures are made on."""
+    return [
+        Prompt(prompt_id=f"attack-{split}-{i:05d}", text=pair.harmful, kind=PromptKind.HARM)
+        for i, pair in enumerate(requests.request_pairs(split, count, seed))
+    ]
+
+
+def clean_scenes(count: int, *, seed: int) -> list[Image.Image]:
+    """Scenes without a word, which pictures start from."""
+    drawn = scenes.evaluation_generator(seed)
+    return [scenes.draw(scenes.sample_scene(drawn, word_share=0.0)) for _ in range(count)]
+
+
+def compliance_targets() -> list[str]:
+    """Openings that pictures towards compliance aim at; never the held-out ones."""
+    return [
+        *requests.compliance_openings("train"),
+        *requests.compliance_openings("validation"),
+    ]
+
+
 def make_attack_pictures(
     engine: HfEngine,
     out: Path,
@@ -61,19 +83,12 @@ def make_attack_pictures(
     for number, split in enumerate(SPLITS):
         if split not in splits:
             continue
-        prompts = [
-            Prompt(prompt_id=f"attack-{split}-{i:05d}", text=pair.harmful, kind=PromptKind.HARM)
-            for i, pair in enumerate(requests.request_pairs(split, _REQUESTS, 900 + number))
-        ]
+        prompts = attacked_requests(split, _REQUESTS, seed=900 + number)
         asked[split] = {"compliance": prompts, "toxic": prompts}
-        # Every picture of a split, objective and radius from a clean scene of its own.
-        drawn = scenes.evaluation_generator(7000 + number)
-        starts[split] = [
-            scenes.draw(scenes.sample_scene(drawn, word_share=0.0)) for _ in range(recipe.per_split)
-        ]
-    openings = requests.compliance_openings
+        # Every objective and radius of a split starts from the same scenes.
+        starts[split] = clean_scenes(recipe.per_split, seed=7000 + number)
     targets: dict[Objective, list[str]] = {
-        "compliance": [*openings("train"), *openings("validation")],
+        "compliance": compliance_targets(),
         "toxic": text.toxic_texts("train", 32, 17),
     }
     made = make_pictures(

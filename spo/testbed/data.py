@@ -72,7 +72,7 @@ def training_prompts(
                 )
             )
         else:
-            prompts.append(_caption_prompt(f"train-caption-{i:05d}", scene, picture, Split.TRAIN))
+            prompts.append(caption_prompt(f"train-caption-{i:05d}", scene, picture, Split.TRAIN))
     return prompts
 
 
@@ -145,7 +145,7 @@ def heldout_scenes(cache: Path, *, count: int, seed: int) -> tuple[list[Prompt],
     """(caption prompts, question prompts) on scenes that training never saw."""
     captions, questions = [], []
     for i, (scene, picture) in enumerate(draw_scenes(cache, "heldout", count, seed)):
-        captions.append(_caption_prompt(f"held-caption-{i:05d}", scene, picture, Split.HELDOUT))
+        captions.append(caption_prompt(f"held-caption-{i:05d}", scene, picture, Split.HELDOUT))
         asked = scenes.questions(scene)
         question = asked[i % len(asked)]
         questions.append(
@@ -191,7 +191,7 @@ def calibration_prompts(cache: Path, *, count: int, seed: int) -> list[Prompt]:
     prompts = []
     for i, (scene, picture) in enumerate(pictures):
         if i % 2:
-            prompts.append(_caption_prompt(f"calibration-{i:05d}", scene, picture, Split.TRAIN))
+            prompts.append(caption_prompt(f"calibration-{i:05d}", scene, picture, Split.TRAIN))
         else:
             prompts.append(
                 Prompt(
@@ -251,7 +251,8 @@ def _scene_key(scene: scenes.Scene) -> str:
     return f"{shapes}-{scene.word or ''}"
 
 
-def _caption_prompt(prompt_id: str, scene: scenes.Scene, picture: Path, split: Split) -> Prompt:
+def caption_prompt(prompt_id: str, scene: scenes.Scene, picture: Path, split: Split) -> Prompt:
+    """The request to describe a scene's picture, with the scene's truth for `check_caption`."""
     return Prompt(
         prompt_id=prompt_id,
         text=scenes.CAPTION_PROMPTS[0],

@@ -63,24 +63,26 @@ def plain_prompt(text: str, *, image: bool = True) -> str:
     return f"{IMAGE_TOKEN}\n{text}" if image else text
 
 
-def assemble(cache_dir: Path, progress: bool = True) -> Path:
+def assemble(cache_dir: Path, progress: bool = True, *, weights: Path | None = None) -> Path:
     """Builds the model's folder under `cache_dir` on first use; later calls return at once.
 
     The folder's name and marker hold the checksum of everything it is made of, so a changed
-    package or weight file gives another folder, and a damaged one is built again.
+    package or weight file gives another folder, and a damaged one is built again. `weights` are
+    the tower's, projector's and adapter's; None takes those that ship.
 
     Raises:
         EngineError: the language model's package or our own weights are missing or damaged.
     """
+    weights = weights or WEIGHTS_FILE
     gguf = language_model_file()
-    digest = inputs_digest(gguf, WEIGHTS_FILE)
-    folder = Path(cache_dir) / identity(WEIGHTS_FILE)
+    digest = inputs_digest(gguf, weights)
+    folder = Path(cache_dir) / identity(weights)
     if _is_complete(folder, digest):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=".testbed-vlm-", dir=folder.parent))
     try:
-        write_folder(building, gguf, WEIGHTS_FILE, _progress_bar() if progress else None)
+        write_folder(building, gguf, weights, _progress_bar() if progress else None)
         _write_marker(building, digest)
         _put_in_place(building, folder, digest)
     finally:

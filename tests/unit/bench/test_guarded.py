@@ -60,6 +60,11 @@ def test_where_none_is_within_the_least_excess_is_taken_and_said(tmp_path):
     assert not chosen["stage1-constant-0"]["within_budget"]
 
 
+def test_a_front_without_the_unsteered_model_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no row of the unsteered model"):
+        front(tmp_path, measured("spo", 1, 0.5, 0.06))
+
+
 def test_over_refusal_is_over_prompts_and_drawn_words_are_no_success():
     row = measured("none", 0, 0.4, 0.0)
     row["shares"]["hard_twin"] = 1.0
