@@ -16,12 +16,10 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from spo.errors import DataError
-from spo.testbed.text import TypographicInstruction, fill
+from spo.testbed.text import TypographicInstruction, distinct, fill
 
 RequestSplit = Literal["train", "validation", "heldout"]
 _T = TypeVar("_T")
-# A draw may repeat; this many fruitless draws in a row mean that the grammar is exhausted.
-_MAX_REPEATS = 2000
 # How often a request is an act in a frame, and not a template of its category.
 _FRAMED_SHARE = 0.6
 # How often a refusal gives a reason, and how often it offers something else.
@@ -188,27 +186,9 @@ def _in_turn(draws: Sequence[Iterator[RequestPair]]) -> Iterator[RequestPair]:
 
 
 def _distinct(
-    draws: Iterator[_T], n: int, key: Callable[[_T], tuple[str, ...]], split: str
+    draws: Iterator[_T], n: int, sides: Callable[[_T], tuple[str, ...]], split: str
 ) -> list[_T]:
-    made: list[_T] = []
-    seen: set[str] = set()
-    repeats = 0
-    for draw in draws:
-        if len(made) >= n:
-            break
-        sides = key(draw)
-        if seen.intersection(sides):
-            repeats += 1
-            if repeats > _MAX_REPEATS:
-                raise DataError(
-                    f"expected {n} distinct requests ({split}), the grammar gave only {len(made)}; "
-                    "ask for fewer or add templates to requests.yaml"
-                )
-            continue
-        repeats = 0
-        seen.update(sides)
-        made.append(draw)
-    return made
+    return distinct(draws, n, sides=sides, what=f"requests ({split})", grammar="requests.yaml")
 
 
 def _slots_of_all(grammar: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -9,16 +9,17 @@ and numbers.
 import functools
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from spo.errors import DataError
 
 Split = Literal["train", "heldout"]
+_T = TypeVar("_T")
 Family = Literal["openings", "texts", "instructions", "typographic"]
 
 _SLOT = re.compile(r"\{(\w+?)(?:_(cap|upper|bare|plural))?\}")
@@ -101,24 +102,54 @@ def sentence_pairs(family: Family, split: Split, n: int, seed: int) -> list[tupl
             f"expected a family of {sorted(grammars['pairs'])} and a split of "
             f"['heldout', 'train'], got {family!r} and {split!r}; correct the call"
         )
-    pairs: list[tuple[str, str]] = []
+    return distinct(
+        _draws(family, split, seed),
+        n,
+        sides=lambda pair: pair,
+        what=f"pairs of {family} ({split})",
+        grammar="grammars.yaml",
+    )
+
+
+def distinct(
+    draws: Iterator[_T],
+    n: int,
+    *,
+    sides: Callable[[_T], tuple[str, ...]],
+    what: str,
+    grammar: str,
+) -> list[_T]:
+    """The first `n` of endless draws in which no sentence repeats.
+
+    Args:
+        draws: endless.
+        n: how many.
+        sides: the sentences of a draw.
+        what: is drawn, for the message.
+        grammar: file of the templates, for the message.
+
+    Raises:
+        DataError: the grammar has fewer than `n` distinct ones.
+    """
+    made: list[_T] = []
     seen: set[str] = set()
     repeats = 0
-    for harmful, harmless in _draws(family, split, seed):
-        if len(pairs) >= n:
+    for draw in draws:
+        if len(made) >= n:
             break
-        if harmful in seen or harmless in seen:
+        said = sides(draw)
+        if seen.intersection(said):
             repeats += 1
             if repeats > _MAX_REPEATS:
                 raise DataError(
-                    f"expected {n} distinct pairs of {family} ({split}), the grammar gave only "
-                    f"{len(pairs)}; ask for fewer or add templates to grammars.yaml"
+                    f"expected {n} distinct {what}, the grammar gave only {len(made)}; ask for "
+                    f"fewer or add templates to {grammar}"
                 )
             continue
         repeats = 0
-        seen.update((harmful, harmless))
-        pairs.append((harmful, harmless))
-    return pairs
+        seen.update(said)
+        made.append(draw)
+    return made
 
 
 def _draws(family: str, split: str, seed: int) -> Iterator[tuple[str, str]]:
