@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from spo.actors.picture_tasks import Workshop
 from spo.actors.pools import Pools
 from spo.algorithms.metrics import runs_interval
 from spo.algorithms.objectives import OBJECTIVES
@@ -29,15 +28,9 @@ from spo.pipeline import open_pools, prepare
 from spo.progress import Reporter, Silent
 from spo.resolve import learner_model, open_corpus, open_judge
 from spo.stage1.job import run_estimate, run_extract
-from spo.stage2.attacked_prompts import with_attacked
-from spo.stage2.coordinator import (
-    VECTOR_NAME,
-    CoordinatorFiles,
-    CoordinatorSettings,
-    make_coordinator,
-)
+from spo.stage2.coordinator import CoordinatorFiles, make_coordinator
 from spo.stage2.coordinator_thread import CoordinatorThread
-from spo.stage2.job import load_artifact
+from spo.stage2.job import attacked_prompts, coordinator_settings, load_artifact
 from spo.stage2.learner import Update, VectorLearner, step_figures
 from spo.stage2.loop import train
 from spo.vector import SteeringVector
@@ -141,33 +134,13 @@ def _one(
 def _refine(
     config: RunConfig, pools: Pools, engine: DifferentiableEngine, start: SteeringArtifact
 ) -> tuple[SteeringVector, dict[str, float]]:
-    corpus = open_corpus(config.corpus)
-    prompts = with_attacked(
-        corpus.training_prompts()[0],
-        config.data,
-        corpus=corpus,
-        start=start,
-        workshop=Workshop(
-            model=pools.model,
-            place=config.attack_place,
-            run_dir=config.run_dir,
-            seed=config.seed,
-            start=config.learn.start,
-        ),
-        reporter=Silent(),
-    )
+    drawn, _ = open_corpus(config.corpus).training_prompts()
+    prompts = attacked_prompts(config, drawn, start, pools.model, Silent())
     name = f"{config.learn.objective}-{config.seed}"
     files = CoordinatorFiles.named(config.run_dir, name, config.learn.loggers)
     history = config.run_dir / f"history-{name}.jsonl"
     history.write_text("")
-    settings = CoordinatorSettings.of(
-        steering=config.steering,
-        rollout=config.rollout,
-        reward=config.reward,
-        learn=config.learn,
-        seed=config.seed,
-        name=f"{VECTOR_NAME}-{name}",
-    )
+    settings = coordinator_settings(config, name)
     coordinator = make_coordinator(prompts, pools.rollouts, pools.rewards, settings, files)
     learner = VectorLearner(engine, start.vector, steering=config.steering, config=config.learn)
     updates: list[Update] = []

@@ -23,7 +23,7 @@ from spo.errors import ArtifactError, DataError
 from spo.files import write_atomic
 from spo.progress import Reporter, following
 from spo.records import Prompt, QuarantinedRow
-from spo.resolve import learner_model, open_corpus
+from spo.resolve import ResolvedModel, learner_model, open_corpus
 from spo.run_folder import keep_quarantined
 from spo.stage1.job import build_artifact
 from spo.stage2.attacked_prompts import with_attacked
@@ -133,13 +133,27 @@ def run_train(config: RunConfig, reporter: Reporter, pools: Pools) -> SteeringAr
 
 def _coordinator(config: RunConfig, task: Task, pools: Pools, reporter: Reporter) -> Any:
     """The coordinator's actor, on the training prompts with their attacked pictures."""
-    prompts = with_attacked(
-        task.prompts,
+    prompts = attacked_prompts(config, task.prompts, task.start, pools.model, reporter)
+    settings = coordinator_settings(config, task.digest)
+    files = partial(CoordinatorFiles.named, config.run_dir, task.digest, config.learn.loggers)
+    return start_coordinator(prompts, settings, config.engine, pools.prefix, files)
+
+
+def attacked_prompts(
+    config: RunConfig,
+    prompts: Sequence[Prompt],
+    start: SteeringArtifact,
+    model: ResolvedModel,
+    reporter: Reporter,
+) -> list[Prompt]:
+    """The training prompts, a share of them with pictures attacked as `data.attacks` says."""
+    return with_attacked(
+        prompts,
         config.data,
         corpus=open_corpus(config.corpus),
-        start=task.start,
+        start=start,
         workshop=Workshop(
-            model=pools.model,
+            model=model,
             place=config.attack_place,
             run_dir=config.run_dir,
             seed=config.seed,
@@ -147,16 +161,18 @@ def _coordinator(config: RunConfig, task: Task, pools: Pools, reporter: Reporter
         ),
         reporter=reporter,
     )
-    settings = CoordinatorSettings.of(
+
+
+def coordinator_settings(config: RunConfig, name: str) -> CoordinatorSettings:
+    """What a coordinator of this run needs; `name` tells its vectors from those of others."""
+    return CoordinatorSettings.of(
         steering=config.steering,
         rollout=config.rollout,
         reward=config.reward,
         learn=config.learn,
         seed=config.seed,
-        name=f"{VECTOR_NAME}-{task.digest}",
+        name=f"{VECTOR_NAME}-{name}",
     )
-    files = partial(CoordinatorFiles.named, config.run_dir, task.digest, config.learn.loggers)
-    return start_coordinator(prompts, settings, config.engine, pools.prefix, files)
 
 
 def load_artifact(config: RunConfig, name: str, pools: Pools) -> SteeringArtifact:
