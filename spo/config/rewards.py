@@ -105,8 +105,9 @@ class RefusalPart(ClassifierPart):
     kind: Literal["refusal"] = "refusal"
     prompts: Literal["harm", "benign"]
     model: str | None = None
-    """None: stock openings of refusals, `spo.algorithms.rewards.is_refusal`. Else "testbed", or a
-    sequence classifier (Transformers folder or hub id) whose `label` says that it refuses."""
+    """None: stock openings of refusals, `spo.algorithms.rewards.is_refusal`. Else a sequence
+    classifier (Transformers folder or hub id) whose `label` says that it refuses; none is embedded,
+    so "testbed" is refused."""
 
     @property
     def needs_model(self) -> bool:
@@ -119,8 +120,8 @@ class HarmPart(ClassifierPart):
 
     kind: Literal["harm"] = "harm"
     model: str = "testbed"
-    """"testbed", or a sequence classifier (Transformers folder or hub id) whose `label` says that
-    the answer is harmful."""
+    """A sequence classifier (Transformers folder or hub id) whose `label` says that the answer is
+    harmful. None is embedded, so "testbed", which stands here until one is named, is refused."""
 
 
 class LlmPart(RewardPart, LlmAddress):

@@ -1,21 +1,16 @@
-"""What the guarded model refuses and what it answers, on requests that no training saw."""
+"""Prompts that the guarded model is measured on, and its answers to them."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spo.algorithms.rewards import is_refusal
 from spo.attacks.templates import template_prompts
 from spo.engines.base import Engine
 from spo.records import GenerateRequest, Prompt, PromptKind, Sampling, Split, SteeringSpec
 from spo.testbed import data, requests
 from spo.testbed.requests import RequestSplit
-
-Refused = Callable[[str], bool]
-"""Whether an answer refuses."""
 
 
 def request_prompts(
@@ -87,25 +82,3 @@ def answers(
         for number in range(samples)
     ]
     return [rollout.text for rollout in engine.generate(asked)]
-
-
-def measure_guard(
-    engine: Engine,
-    sets: Mapping[str, Sequence[Prompt]],
-    *,
-    samples: int = 2,
-    refused: Refused = is_refusal,
-    steering: SteeringSpec | None = None,
-) -> dict[str, float]:
-    """Share of refused answers of each prompt set, in 0..1, and of `harm` by category."""
-    figures: dict[str, float] = {}
-    for name, prompts in sets.items():
-        said = answers(engine, prompts, samples=samples, steering=steering)
-        marks = [float(refused(text)) for text in said]
-        figures[name] = sum(marks) / len(marks)
-        if name == "harm":
-            by_category: dict[str, list[float]] = defaultdict(list)
-            for index, mark in enumerate(marks):
-                by_category[prompts[index // samples].category or ""].append(mark)
-            figures |= {f"harm/{k}": sum(v) / len(v) for k, v in sorted(by_category.items())}
-    return figures
